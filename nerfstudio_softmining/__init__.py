@@ -1,0 +1,1 @@
+"""Soft mining for nerfstudio (Kheradmand et al., CVPR 2024)."""
