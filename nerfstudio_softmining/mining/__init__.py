@@ -1,0 +1,12 @@
+"""The science of soft mining, for any PyTorch training loop: torch only, no nerfstudio.
+
+The method reads in this order:
+
+- [importance][nerfstudio_softmining.mining.importance]: error, importance and weight of a sample (eq. 7-9);
+- [langevin][nerfstudio_softmining.mining.langevin]: the pool of Langevin chains (eq. 10) and its re-initialisation;
+- [edges][nerfstudio_softmining.mining.edges]: where re-initialised chains start (Sobel, section 4.1);
+- [density][nerfstudio_softmining.mining.density]: exact draws from a density over any number of pixels.
+
+Equation, table and section numbers are those of Kheradmand et al., "Accelerating Neural Field Training via Soft Mining",
+CVPR 2024.
+"""

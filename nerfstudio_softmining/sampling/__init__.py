@@ -1,0 +1,1 @@
+"""Pixel samplers for nerfstudio: how batches, masks and image sizes meet mining/."""

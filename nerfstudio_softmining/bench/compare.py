@@ -1,0 +1,188 @@
+"""Uniform sampling, uniform sampling with soft mining's weights, and soft mining, side by side.
+
+    python -m nerfstudio_softmining.bench.compare softmining-nerfacto-lite-blender --data SCENE --output DIR
+
+Trains each of them with several seeds through nerfstudio's trainer, run by run in turn, and prints the PSNR of held-out views
+at chosen iterations with its spread over the seeds, and the seconds of a training step. What is finished is in
+DIR/results.json and is not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+import yaml
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.models.nerfacto import NerfactoModelConfig
+from nerfstudio.scripts.train import _set_random_seed
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nerfstudio_softmining import compat, methods
+
+
+@dataclass
+class Compare:
+    """Compare ways of choosing training pixels on one scene."""
+
+    method: Annotated[str, tyro.conf.Positional]
+    """A method of this plugin, whose settings all runs share."""
+    data: Path
+    """Folder of the scene."""
+    output: Path
+    """Folder for results.json."""
+    variants: tuple[str, ...] = ("uniform", "uniform-weighted", "soft-mining")
+    """What to compare; each may be followed by settings of the sampler or the model, as in soft-mining,drift=0."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+    at: tuple[int, ...] = (250, 500, 1000)
+    """Iterations at which the held-out views are rendered; the last ends a run."""
+    views: tuple[int, ...] = ()
+    """Held-out views to render, by their number; all if empty."""
+    image_scale: float = 1.0
+    """Factor on the resolution of the images as they are on disk."""
+    set: tuple[str, ...] = field(default=())
+    """Settings of the model, the sampler or the datamanager for all variants, as name=value."""
+
+
+def variant_config(compare: Compare, variant: str, seed: int) -> TrainerConfig:
+    """The settings of one run."""
+    name, *own = variant.split(",")
+    config = deepcopy(getattr(methods, compare.method.replace("-", "_")).config)
+    config.data = config.pipeline.datamanager.data = compare.data
+    config.pipeline.datamanager.camera_res_scale_factor = compare.image_scale
+    config.output_dir, config.experiment_name, config.timestamp = compare.output / "runs", variant, str(seed)
+    config.machine.seed = seed
+    config.vis = "tensorboard"
+    pipeline = config.pipeline
+    if name == "uniform":
+        pipeline.model = _as(NerfactoModelConfig, pipeline.model)
+        pipeline.datamanager = _as(VanillaDataManagerConfig, pipeline.datamanager, pixel_sampler=PixelSamplerConfig())
+    elif name == "uniform-weighted":
+        pipeline.datamanager.pixel_sampler.uniform_share, pipeline.datamanager.pixel_sampler.reinit_share = 1.0, 0.0
+        pipeline.model.weight_by = "importance"
+    elif name != "soft-mining":
+        raise ValueError(f"--variants has {name!r}; known are uniform, uniform-weighted and soft-mining.")
+    for setting in (*compare.set, *own):
+        key, value = setting.split("=")
+        owners = [o for o in (pipeline.model, pipeline.datamanager, pipeline.datamanager.pixel_sampler) if hasattr(o, key)]
+        for owner in owners:
+            setattr(owner, key, yaml.safe_load(value))
+        if not owners and setting in own:
+            raise ValueError(f"{variant}: neither the model nor the sampler has a setting {key!r}.")
+    return config
+
+
+def _as(kind: type, config, **changes):
+    """The same settings as an instance of a base class, without what subclasses add."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if f.name != "_target"}
+    return kind(**{**shared, **changes})
+
+
+def run(compare: Compare, variant: str, seed: int, progress: Progress) -> list[dict]:
+    """Train once; one entry for each evaluation."""
+    config = variant_config(compare, variant, seed)
+    _set_random_seed(seed)
+    with compat.lazy_lpips():
+        trainer: Trainer = config.setup(local_rank=0, world_size=1)
+        trainer.setup(test_mode="test")
+    task = progress.add_task(f"{variant}, seed {seed}", total=compare.at[-1])
+    entries, seconds = [], 0.0
+    for step in range(compare.at[-1]):
+        start = time.perf_counter()
+        trainer.pipeline.train()
+        for callback in trainer.callbacks:
+            callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+        trainer.train_iteration(step)
+        for callback in trainer.callbacks:
+            callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+        progress.advance(task)
+        if step + 1 in compare.at:
+            metrics = evaluate(trainer, compare.views)
+            entries.append(
+                {
+                    "scene": compare.data.name,
+                    "method": compare.method,
+                    "sampler": variant,
+                    "seed": seed,
+                    "iteration": step + 1,
+                    **metrics,
+                    "seconds": round(seconds, 2),
+                    "seconds_per_step": round(seconds / (step + 1), 4),
+                }
+            )
+            progress.update(task, description=f"{variant}, seed {seed}: {metrics['psnr']:.2f} dB at {step + 1}")
+    progress.remove_task(task)
+    return entries
+
+
+def evaluate(trainer: Trainer, views: tuple[int, ...]) -> dict[str, float]:
+    """Mean metrics over the held-out views."""
+    pipeline = trainer.pipeline
+    pipeline.eval()
+    loader = pipeline.datamanager.fixed_indices_eval_dataloader
+    rows = []
+    for view in views or range(len(pipeline.datamanager.eval_dataset)):
+        camera, batch = loader.get_camera(view)
+        outputs = pipeline.model.get_outputs_for_camera(camera)
+        rows.append(pipeline.model.get_image_metrics_and_images(outputs, batch)[0])
+    return {key: round(float(np.mean([row[key] for row in rows])), 4) for key in ("psnr", "ssim")}
+
+
+def table(compare: Compare, runs: list[dict]) -> Table:
+    """Mean and standard deviation over the seeds."""
+    out = Table(title=f"{compare.data.name}, {compare.method}: held-out PSNR in dB, mean ± deviation over the seeds")
+    for heading in ("sampler", "seeds", *(f"{at} it." for at in compare.at), "ms a step"):
+        out.add_column(heading, justify="left" if heading == "sampler" else "right")
+    for variant in dict.fromkeys(r["sampler"] for r in runs):
+        mine = [r for r in runs if r["sampler"] == variant]
+        cells = []
+        for at in compare.at:
+            psnr = [r["psnr"] for r in mine if r["iteration"] == at]
+            cells.append(f"{np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f}" if len(psnr) > 1 else f"{np.mean(psnr):.2f}")
+        times = [1000 * r["seconds_per_step"] for r in mine if r["iteration"] == compare.at[-1]]
+        out.add_row(variant, str(len(times)), *cells, f"{np.mean(times):.0f} ({min(times):.0f} - {max(times):.0f})")
+    return out
+
+
+def main(compare: Compare) -> None:
+    """Run what results.json does not have yet, then print the table."""
+    compat.flush_denormals()
+    compare.output.mkdir(parents=True, exist_ok=True)
+    path = compare.output / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    results["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    done = {(r["scene"], r["method"], r["sampler"], r["seed"]) for r in results["runs"]}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    for seed in compare.seeds:
+        for variant in compare.variants:
+            if (compare.data.name, compare.method, variant, seed) in done:
+                continue
+            with Progress(*columns, console=CONSOLE) as progress:
+                results["runs"] += run(compare, variant, seed, progress)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(results, indent=1))
+            part.replace(path)
+    CONSOLE.print(table(compare, [r for r in results["runs"] if r["scene"] == compare.data.name]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Compare))

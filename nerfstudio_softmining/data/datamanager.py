@@ -1,0 +1,143 @@
+"""The datamanager: rays whose pixel coordinates have a gradient, and a sampler that is told how they fared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from torch import Tensor
+
+from nerfstudio_softmining import compat
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
+from nerfstudio_softmining.sampling.langevin import LangevinPixelSampler, LangevinPixelSamplerConfig
+
+RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
+"""Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect to the
+pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
+
+
+@dataclass
+class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
+    """A datamanager whose pixel sampler hears about the loss."""
+
+    _target: type = field(default_factory=lambda: SoftMiningDataManager)
+    """Target class to instantiate."""
+    images_on_gpu: bool = True
+    """Keep the training images on the device. If False, each step waits for pixels from the CPU."""
+    masks_on_gpu: bool = True
+    """Keep the masks on the device, as the images."""
+    pixel_sampler: PixelSamplerConfig = field(default_factory=LangevinPixelSamplerConfig)
+    """How training pixels are chosen."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size > 1:
+            raise UserError(
+                f"--pipeline.datamanager.patch-size is {self.patch_size}: soft mining chooses single pixels, patches can not "
+                "follow the error. Set it to 1."
+            )
+
+
+class SoftMiningDataManager(VanillaDataManager[InputDataset]):
+    """Owns the pixels and rays of training, and keeps the state of its sampler in checkpoints.
+
+    Args:
+        config: the settings.
+        args, kwargs: as nerfstudio's pipelines give them.
+    """
+
+    config: SoftMiningDataManagerConfig
+
+    def __init__(self, config: SoftMiningDataManagerConfig, *args: Any, **kwargs: Any) -> None:
+        compat.flush_denormals()
+        self._mining_batch: MiningBatch | None = None
+        self._loss_scale: Tensor | None = None
+        self._random_state: dict | None = None
+        super().__init__(config, *args, **kwargs)
+
+    def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
+        if len(dataset) == 0:
+            raise UserError(
+                f"the data set at {self.config.data} has no images (0 found for training or evaluation). Check --data and "
+                "the dataparser's settings."
+            )
+        sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
+        if isinstance(sampler, LangevinPixelSampler):
+            sampler.num_images = len(dataset)
+        return sampler
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict]:
+        """Make the next training batch: rays, and the pixels they should show."""
+        sampler = self.train_pixel_sampler
+        if not isinstance(sampler, LangevinPixelSampler):
+            return super().next_train(step)
+        sampler.training = self.training
+        if not self.training:
+            return super().next_train(step)
+        if self._random_state is not None:
+            compat.set_random_state(self._random_state)
+            self._random_state = None
+        self.train_count += 1
+        batch = sampler.sample(next(self.iter_train_image_dataloader))
+        mining = batch[BATCH_KEY]
+        mining.step = step
+        rays, mining.coords = self._differentiable_rays(batch["indices"])
+        self._mining_batch = mining
+        return rays, batch
+
+    def _differentiable_rays(self, indices: Tensor) -> tuple[RayBundle, Tensor]:
+        """Rays through pixel centres, and the leaf tensor [rays, 2] of the centres (row, column)."""
+        cameras = self.train_ray_generator.cameras
+        indices = indices.to(cameras.device)
+        with torch.enable_grad():
+            coords = (indices[:, 1:] + 0.5).requires_grad_()
+            rays = cameras.generate_rays(camera_indices=indices[:, :1], coords=coords)
+        for name, key in RAY_OFFSETS.items():
+            ray_part = getattr(rays, name)
+            setattr(rays, name, ray_part.detach())
+            if ray_part.requires_grad:
+                rays.metadata[key] = ray_part - ray_part.detach()
+        rays.pixel_area = rays.pixel_area.detach()
+        return rays, coords
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Tell the sampler after each step."""
+        scaler = training_callback_attributes.grad_scaler
+        self._loss_scale = compat.loss_scale(scaler)
+
+        def update_sampler(step: int) -> None:
+            before, self._loss_scale = self._loss_scale, compat.loss_scale(scaler)
+            mining, self._mining_batch = self._mining_batch, None
+            if mining is None:
+                return
+            # the scaler lowers its scale when, and only when, it made the optimizers skip the step
+            applied = True if before is None or self._loss_scale is None else self._loss_scale >= before
+            self.train_pixel_sampler.update(mining, applied)
+
+        return [
+            *super().get_training_callbacks(training_callback_attributes),
+            TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], update_sampler, update_every_num_iters=1),
+        ]
+
+    def get_extra_state(self) -> dict:
+        """The sampler's state and the sources of randomness, which nerfstudio's checkpoints do not hold."""
+        sampler = self.train_pixel_sampler
+        return {
+            "sampler": sampler.state_dict() if isinstance(sampler, LangevinPixelSampler) else {},
+            "random": compat.random_state(),
+        }
+
+    def set_extra_state(self, state: dict) -> None:
+        """Go on from a checkpoint at the next training batch."""
+        self._random_state = state["random"]
+        if isinstance(self.train_pixel_sampler, LangevinPixelSampler):
+            self.train_pixel_sampler.load_state_dict(state["sampler"])

@@ -1,0 +1,150 @@
+"""Soft mining for any ray-based nerfstudio model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler
+from nerfstudio.models.base_model import Model
+from torch import Tensor, nn
+
+from nerfstudio_softmining import compat
+from nerfstudio_softmining.data.datamanager import RAY_OFFSETS, SoftMiningDataManager
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.mining import importance as imp
+from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
+
+
+@dataclass
+class SoftMiningConfig:
+    """Settings that soft mining adds to a model's own."""
+
+    alpha: float = 0.8
+    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling. The paper: 0.6 on white, 0.8 forward-facing."""
+    alpha_warmup: int = 1000
+    """Training steps over which alpha rises from 0 (section 3.3)."""
+    weight_by: Literal["density", "importance"] = "density"
+    """Weigh a ray by the density it was drawn with, which is Q only for the chains, or any ray by its Q."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"--pipeline.model.alpha is {self.alpha}: it lies in [0, 1]. The paper uses 0.6 and 0.8.")
+        if self.alpha_warmup < 0:
+            raise UserError(f"--pipeline.model.alpha-warmup is {self.alpha_warmup}: it is a number of steps, 0 or more.")
+
+
+class SoftMinedLoss(nn.Module):
+    """Mean squared error, weighted by soft mining while a mining batch is at hand (eq. 9).
+
+    Takes the place of a model's reconstruction loss, so that a random background is drawn once, by the model itself.
+    """
+
+    def __init__(self, config: SoftMiningConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.batch: MiningBatch | None = None
+
+    def forward(self, truth: Tensor, prediction: Tensor) -> Tensor:
+        """Loss of colours [rays, channels] against the truth."""
+        if self.batch is None:
+            return nn.functional.mse_loss(prediction, truth)
+        prediction, truth = prediction.float(), truth.float()
+        batch = self.batch
+        batch.importance = imp.l1_importance(prediction, truth)
+        uniform = batch.importance[len(batch.importance) - batch.num_uniform :]
+        reference = (uniform if batch.num_uniform else batch.importance).mean()
+        density = imp.relative_density(batch.importance, reference)
+        if self.config.weight_by == "density":
+            known = batch.density.to(density.device)
+            density = torch.where(known.isnan(), density, known)
+        weights = imp.soft_weights(density, imp.warmed_up(self.config.alpha, batch.step, self.config.alpha_warmup))
+        batch.weighted_error = weights * imp.squared_error(prediction, truth)
+        if batch.weighted_error.requires_grad:
+            batch.weighted_error.retain_grad()
+        return batch.weighted_error.mean()
+
+
+class SoftMiningMixin(Model):
+    """Put before a ray-based model class: weights its reconstruction loss, and lets the pixel coordinates have a gradient.
+
+    The model must compute its reconstruction loss by `self.rgb_loss(truth, prediction)` and draw the samples of its field by
+    a nerfstudio ray sampler among its modules, with a [rays, samples] shape.
+    """
+
+    config: Any
+
+    def populate_modules(self) -> None:
+        """Build the model."""
+        with compat.lazy_lpips():
+            super().populate_modules()
+        compat.tell_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
+        self.rgb_loss = SoftMinedLoss(self.config)
+        self._outer_sampler().register_forward_hook(_attach_pixel_gradient)
+
+    def _outer_sampler(self) -> Sampler:
+        """The module that draws the samples of the field."""
+        return next(module for module in self.children() if isinstance(module, Sampler))
+
+    def get_loss_dict(self, outputs: dict, batch: dict, metrics_dict: dict | None = None) -> dict[str, Tensor]:
+        """The model's own losses, with the reconstruction weighted while training."""
+        if self.training and BATCH_KEY not in batch:
+            raise UserError(
+                "the training batch does not come from soft mining's sampler, which has to hear about the loss. Use the "
+                "method's own --pipeline.datamanager and pixel sampler (a ParallelDataManager samples in another process)."
+            )
+        self.rgb_loss.batch = batch[BATCH_KEY] if self.training else None
+        try:
+            return super().get_loss_dict(outputs, batch, metrics_dict)
+        finally:
+            self.rgb_loss.batch = None
+
+    def get_image_metrics_and_images(self, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The model's own metrics; LPIPS is left out where its weights are missing."""
+        metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        if math.isnan(metrics.get("lpips", 0.0)):
+            del metrics["lpips"]
+        return metrics, images
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """The model's own callbacks, after a check that the datamanager can be told about the loss."""
+        pipeline = training_callback_attributes.pipeline
+        if pipeline is not None and not isinstance(pipeline.datamanager, SoftMiningDataManager):
+            raise UserError(
+                f"--pipeline.datamanager is a {type(pipeline.datamanager).__name__}, whose sampler can not hear about the loss "
+                "(ParallelDataManager samples in another process). Use SoftMiningDataManagerConfig."
+            )
+        return super().get_training_callbacks(training_callback_attributes)
+
+    def get_extra_state(self) -> dict:
+        """When the proposal networks were last trained, which nerfstudio's checkpoints do not hold."""
+        sampler = self._outer_sampler()
+        if not isinstance(sampler, ProposalNetworkSampler):
+            return {}
+        return {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
+
+    def set_extra_state(self, state: dict) -> None:
+        """Go on from a checkpoint."""
+        sampler = self._outer_sampler()
+        if isinstance(sampler, ProposalNetworkSampler) and state:
+            sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]
+
+
+def _attach_pixel_gradient(sampler: nn.Module, inputs: tuple, output: tuple) -> None:
+    """Give the field's samples the gradient with respect to the pixel coordinates.
+
+    The proposal networks do not see it, and so neither pay for it nor add to it. A camera optimizer's rotation of the rays is
+    taken as the identity here, which it is up to some milliradians.
+    """
+    ray_bundle, ray_samples = inputs[0], output[0]
+    assert isinstance(ray_bundle, RayBundle) and isinstance(ray_samples, RaySamples)
+    for name, key in RAY_OFFSETS.items():
+        offset = ray_bundle.metadata.get(key)
+        if offset is not None:
+            setattr(ray_samples.frustums, name, getattr(ray_samples.frustums, name) + offset[:, None])

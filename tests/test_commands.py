@@ -1,0 +1,189 @@
+"""nerfstudio's own commands, typed as a user types them, on a tiny scene."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nerfstudio_softmining.demo.scene import write_scene
+
+METHOD = "softmining-nerfacto-lite-blender"
+STEPS = 12
+
+
+def command(*words: object, folder: Path, fails: bool = False) -> str:
+    """Run a command of this environment and return what it printed."""
+    program, *rest = map(str, words)
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run(
+        [path, *rest], cwd=folder, capture_output=True, text=True, timeout=400, env={**os.environ, "COLUMNS": "200"}
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output[-5000:]
+    return output
+
+
+def train(folder: Path, scene: Path, name: str, steps: int, *flags: object, method: str = METHOD, **options) -> str:
+    """Train for some steps, with evaluations in between, and save at the end."""
+    dataparser = options.pop("dataparser", ())
+    return command(
+        *("ns-train", method, "--data", scene, "--output-dir", folder, "--experiment-name", name, "--timestamp", "run"),
+        *("--max-num-iterations", steps, "--vis", "tensorboard", "--steps-per-eval-batch", 4, "--steps-per-eval-image", 5),
+        *("--pipeline.datamanager.train-num-rays-per-batch", 256, *flags, *dataparser),
+        folder=folder,
+        **options,
+    )
+
+
+def checkpoint(folder: Path, name: str, method: str = METHOD) -> dict:
+    (path,) = (folder / name / method / "run" / "nerfstudio_models").glob("*.ckpt")
+    return torch.load(path, weights_only=False)
+
+
+def flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Everything in nested containers, by its path."""
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    else:
+        return {prefix: value}
+    return {path: leaf for key, part in parts for path, leaf in flat(part, f"{prefix}/{key}").items()}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scene"
+    write_scene(folder, num_train=8, num_eval=2, size=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def config(runs: Path, scene: Path) -> Path:
+    """The config file of a finished run."""
+    train(runs, scene, "whole", STEPS)
+    return runs / "whole" / METHOD / "run" / "config.yml"
+
+
+def test_resuming_goes_on_bit_for_bit(config, runs, scene):
+    train(runs, scene, "half", STEPS // 2)
+    first = runs / "half" / METHOD / "run" / "nerfstudio_models"
+    train(runs, scene, "resumed", STEPS // 2, "--load-dir", first)
+    whole, resumed = flat(checkpoint(runs, "whole")), flat(checkpoint(runs, "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert any("pool" in path for path in whole)
+    for path, value in whole.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, resumed[path], rtol=0, atol=0, equal_nan=True, msg=path)
+        else:
+            assert value == resumed[path], path
+
+
+def test_checkpoint_loads_safely_and_holds_no_lpips(config):
+    (path,) = (config.parent / "nerfstudio_models").glob("*.ckpt")
+    state = torch.load(path, weights_only=True)["pipeline"]
+    assert not [key for key in state if "lpips" in key]
+
+
+def test_eval_reports_metrics_without_nan(config, runs):
+    command("ns-eval", "--load-config", config, "--output-path", runs / "eval.json", folder=runs)
+    results = json.loads((runs / "eval.json").read_text())["results"]
+    assert {"psnr", "ssim"} <= results.keys()
+    assert all(value == value for value in results.values()), results
+    assert 3 < results["psnr"] < 60
+
+
+def test_renders(config, runs, scene):
+    frame = {"camera_to_world": [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 4, 0, 0, 0, 1], "fov": 40, "aspect": 1}
+    path = {"render_height": 24, "render_width": 24, "fps": 1, "seconds": 1, "camera_path": [frame], "camera_type": "perspective"}
+    (runs / "path.json").write_text(json.dumps(path))
+    common = ("--load-config", config, "--output-path")
+    images = ("--output-format", "images", "--downscale-factor")
+    command("ns-render", "camera-path", *common, runs / "a", *images, 1, "--camera-path-filename", runs / "path.json", folder=runs)
+    command("ns-render", "interpolate", *common, runs / "b", *images, 2, "--interpolation-steps", 2, folder=runs)
+    command("ns-render", "dataset", *common, runs / "c", "--split", "test", folder=runs)
+    for name, least in (("a", 1), ("b", 2), ("c", 2)):
+        assert len([f for f in (runs / name).rglob("*.*g")]) >= least, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "made"),
+    [
+        ("pointcloud", ("--num-points", 500, "--normal-method", "open3d", "--remove-outliers", False), "point_cloud.ply"),
+        ("poisson", ("--num-points", 5000, "--normal-method", "open3d", "--texture-method", "point_cloud"), "poisson_mesh.ply"),
+        ("tsdf", ("--resolution", 16, "--texture-method", "tsdf"), "tsdf_mesh.ply"),
+        ("cameras", (), "transforms_train.json"),
+    ],
+)
+def test_exports(config, runs, kind, flags, made):
+    command("ns-export", kind, "--load-config", config, "--output-dir", runs / kind, *flags, folder=runs)
+    assert (runs / kind / made).stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--pipeline.model.alpha", 1.5), ("alpha", "1.5")),
+        (("--pipeline.datamanager.pixel-sampler.uniform-share", -0.1), ("uniform-share", "-0.1")),
+        (("--pipeline.datamanager.pixel-sampler.reinit-share", 0.95), ("reinit-share", "0.95", "uniform-share")),
+        (("--pipeline.datamanager.pixel-sampler.noise", -1), ("noise", "-1")),
+        (("--pipeline.datamanager.train-num-rays-per-batch", 4), ("train-num-rays-per-batch", "4 rays")),
+        (("--pipeline.datamanager.patch-size", 8), ("patch-size", "8")),
+    ],
+)
+def test_bad_settings_are_named_without_a_traceback(runs, scene, flags, named):
+    output = train(runs, scene, "bad", 2, *flags, fails=True)
+    assert "Traceback" not in output, output
+    for word in named:
+        assert word in output
+
+
+@pytest.mark.parametrize("spoil", ["no transforms", "no images"])
+def test_bad_data_is_named_without_a_traceback(runs, tmp_path, spoil):
+    if spoil == "no images":
+        for split in ("train", "val", "test"):
+            (tmp_path / f"transforms_{split}.json").write_text(json.dumps({"camera_angle_x": 0.6, "frames": []}))
+    output = train(runs, tmp_path, "bad", 2, fails=True)
+    assert "Traceback" not in output, output
+    assert str(tmp_path) in output.replace("\n", "")
+
+
+def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
+    """softmining-nerfacto on nerfstudio's own format: camera optimizer on, masks, RGBA and two image sizes."""
+    small = ("--pipeline.model.num-levels", 4, "--pipeline.model.log2-hashmap-size", 12)
+    user_scene(tmp_path)
+    train(runs, tmp_path, "full", 3, *small, method="softmining-nerfacto")
+    pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"]["pool"]
+    assert len(pool["chart"]) == 256 - 26
+
+
+def user_scene(folder: Path) -> None:
+    """RGBA views of two sizes with masks, in nerfstudio's own format."""
+    import numpy as np
+    from PIL import Image
+
+    from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view
+
+    frames = []
+    for number, pose in enumerate(orbit(10)):
+        size = 24 if number % 2 else 32
+        Image.fromarray(render_view(pose, size)).save(folder / f"view_{number}.png")
+        mask = np.full((size, size), 255, np.uint8)
+        mask[: size // 2] = 0
+        Image.fromarray(mask).save(folder / f"mask_{number}.png")
+        focal = 0.5 * size / np.tan(0.5 * CAMERA_ANGLE_X)
+        intrinsics = dict(w=size, h=size, fl_x=focal, fl_y=focal, cx=size / 2, cy=size / 2)
+        files = dict(file_path=f"view_{number}.png", mask_path=f"mask_{number}.png")
+        frames.append({**files, **intrinsics, "transform_matrix": pose.tolist()})
+    (folder / "transforms.json").write_text(json.dumps({"camera_model": "OPENCV", "frames": frames}))

@@ -1,0 +1,76 @@
+"""Laws of the edge strength."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nerfstudio_softmining.mining.edges import sobel
+
+LAW = settings(max_examples=25, deadline=None, derandomize=True)
+KERNEL = ((-1, 0, 1), (-2, 0, 2), (-1, 0, 1))
+
+
+@st.composite
+def images(draw) -> torch.Tensor:
+    """A random image [h, w, c], of grey levels or of black and white."""
+    shape = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    return image.round() if draw(st.booleans()) else image
+
+
+def brute_force(image: torch.Tensor) -> torch.Tensor:
+    height, width, channels = image.shape
+    values = image.tolist()
+    result = torch.zeros(height, width)
+    for row in range(height):
+        for column in range(width):
+            total = 0.0
+            for channel in range(channels):
+                down = right = 0.0
+                for i in range(3):
+                    for j in range(3):
+                        near = min(max(row + i - 1, 0), height - 1), min(max(column + j - 1, 0), width - 1)
+                        value = values[near[0]][near[1]][channel]
+                        right += KERNEL[i][j] / 4 * value
+                        down += KERNEL[j][i] / 4 * value
+                total += down**2 + right**2
+            result[row, column] = math.sqrt(total / (2 * channels))
+    return result
+
+
+@LAW
+@given(images())
+def test_sobel_is_the_double_loop(image):
+    torch.testing.assert_close(sobel(image), brute_force(image), atol=1e-6, rtol=1e-5)
+
+
+@LAW
+@given(images())
+def test_edge_strength_lies_between_zero_and_one(image):
+    assert (sobel(image) >= 0).all() and (sobel(image) <= 1).all()
+
+
+@LAW
+@given(images(), st.integers(1, 3))
+def test_edges_turn_and_mirror_with_the_image(image, turns):
+    torch.testing.assert_close(sobel(image.rot90(turns)), sobel(image).rot90(turns), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(sobel(image.flip(0)), sobel(image).flip(0), atol=1e-6, rtol=1e-5)
+
+
+@LAW
+@given(images(), st.floats(0.1, 1))
+def test_edge_strength_is_proportional_to_contrast_and_ignores_brightness(image, contrast):
+    torch.testing.assert_close(sobel(contrast * image + 0.3), contrast * sobel(image), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 7), (64, 96), (211, 173)])
+def test_constant_images_have_no_edge_at_all(shape, channels):
+    """Exactly none, borders included: a byte is rounded up, so that the least rounding error would be a place to start."""
+    colour = torch.rand(channels, generator=torch.Generator().manual_seed(0))
+    assert (sobel(colour.expand(*shape, channels)) == 0).all()
