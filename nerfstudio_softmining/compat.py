@@ -6,7 +6,7 @@ import contextlib
 import random
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ def allow_numpy_scalars_in_checkpoints() -> None:
 
     Can go when nerfstudio's three `torch.load` calls say `weights_only=False` (nerfstudio#3683).
     """
-    rebuild_scalar = np.float64(0).__reduce__()[0]  # its module is private, and moved with numpy 2
+    rebuild_scalar: Any = np.float64(0).__reduce__()[0]  # its module is private, and moved with numpy 2
     torch.serialization.add_safe_globals([rebuild_scalar, np.dtype, type(np.dtype(np.float64))])
 
 
-def implementation() -> str:
+def implementation() -> Literal["tcnn", "torch"]:
     """The network implementation to use: tiny-cuda-nn where it can be, else torch's.
 
     Can go when nerfstudio falls back by itself before the configuration is saved.
@@ -33,7 +33,7 @@ def implementation() -> str:
     return "tcnn" if TCNN_EXISTS and torch.cuda.is_available() else "torch"
 
 
-def device_type() -> str:
+def device_type() -> Literal["cpu", "cuda", "mps"]:
     """The device to train on. Can go when nerfstudio's default is not always "cuda"."""
     if torch.cuda.is_available():
         return "cuda"
@@ -41,8 +41,8 @@ def device_type() -> str:
 
 
 def flush_denormals() -> None:
-    """Let the CPU round the tiniest numbers to zero. On a white background gradients become so small that a step takes ten
-    times as long without this. Call before the first parallel operation, as threads inherit it.
+    """Let the CPU round the tiniest numbers to zero. On a white background gradients become so small that a step takes
+    ten times as long without this. Call before the first parallel operation, as threads inherit it.
     """
     torch.set_flush_denormal(True)
 
@@ -56,12 +56,12 @@ def tell_if_tcnn_is_missing(chosen: str) -> None:
         )
 
 
-def loss_scale(scaler: GradScaler) -> Tensor | None:
+def loss_scale(scaler: GradScaler | None) -> Tensor | None:
     """A copy of the scale that the scaler is about to apply, on its device; None where losses are not scaled.
 
     `GradScaler.get_scale` waits for the device. Can go when torch offers the scale as a tensor.
     """
-    if not scaler.is_enabled():
+    if scaler is None or not scaler.is_enabled():
         return None
     scale = scaler._scale
     return torch.tensor(scaler.get_scale()) if scale is None else scale.clone()
@@ -70,8 +70,8 @@ def loss_scale(scaler: GradScaler) -> Tensor | None:
 class Lpips:
     """LPIPS that is built at its first use and can be missing: its weights are downloaded.
 
-    No `nn.Module`, so that its weights stay out of checkpoints. Where they can not be had, this says so once and returns NaN.
-    Can go when nerfstudio builds its models without internet (nerfstudio#2415).
+    No `nn.Module`, so that its weights stay out of checkpoints. Where they can not be had, this says so once and
+    returns NaN. Can go when nerfstudio builds its models without internet (nerfstudio#2415).
     """
 
     _metric: torch.nn.Module | None = None
@@ -98,8 +98,8 @@ class Lpips:
         except (OSError, RuntimeError) as error:
             Lpips._told = True
             CONSOLE.print(
-                f"[yellow]LPIPS is left out of the metrics: its weights are not in {torch.hub.get_dir()}/checkpoints and could "
-                f"not be downloaded ({error}).[/yellow]"
+                f"[yellow]LPIPS is left out of the metrics: its weights are not in {torch.hub.get_dir()}/checkpoints "
+                f"and could not be downloaded ({error}).[/yellow]"
             )
             return None
         finally:

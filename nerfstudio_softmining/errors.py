@@ -11,7 +11,8 @@ class UserError(ValueError):
 
 
 def hide_traceback_of_user_errors() -> None:
-    """Let an uncaught [UserError][] end the process with its message alone, as nerfstudio's commands do not catch it."""
+    """Let an uncaught [UserError][] end the process with its message alone, as nerfstudio's commands do not catch
+    it."""
     previous = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
@@ -25,11 +26,51 @@ compat.allow_numpy_scalars_in_checkpoints()
 hide_traceback_of_user_errors()
 
 
-def _nerfacto() -> TrainerConfig:
+EXACT_CAMERAS = {"camera_optimizer": CameraOptimizerConfig(mode="off"), "use_appearance_embedding": False}
+"""What the paper's two data sets have in common: exact cameras and one exposure."""
+BLENDER = {
+    **EXACT_CAMERAS,
+    "alpha": 0.6,
+    "background_color": "white",
+    "disable_scene_contraction": True,
+    "proposal_initial_sampler": "uniform",
+    "near_plane": 2.0,
+    "far_plane": 6.0,
+    "distortion_loss_mult": 0.0,
+    "average_init_density": 1.0,
+}
+"""One object on white, as in NeRF Synthetic (section 4.2)."""
+LLFF = {**EXACT_CAMERAS, "alpha": 0.8}
+"""Forward-facing scenes, as in LLFF (section 4.2)."""
+LITE = {
+    "eval_num_rays_per_chunk": 1 << 12,
+    "num_levels": 5,
+    "features_per_level": 4,
+    "max_res": 256,
+    "log2_hashmap_size": 16,
+    "hidden_dim": 32,
+    "hidden_dim_color": 32,
+    "num_proposal_iterations": 1,
+    "num_proposal_samples_per_ray": (32,),
+    "num_nerf_samples_per_ray": 24,
+    "proposal_net_args_list": [
+        {"hidden_dim": 16, "log2_hashmap_size": 14, "num_levels": 3, "max_res": 64, "use_linear": False}
+    ],
+}
+"""Grids, networks and sample counts for two CPU cores."""
+
+
+def _nerfacto(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfig:
     """Nerfacto's own settings, soft mined."""
     decay = ExponentialDecaySchedulerConfig(lr_final=0.0001, max_steps=200000)
+    defaults = {
+        "eval_num_rays_per_chunk": 1 << 15,
+        "average_init_density": 0.01,
+        "camera_optimizer": CameraOptimizerConfig(mode="SO3xR3"),
+        "implementation": compat.implementation(),
+    }
     return TrainerConfig(
-        method_name="softmining-nerfacto",
+        method_name=name,
         steps_per_eval_batch=500,
         steps_per_save=2000,
         max_num_iterations=30000,
@@ -37,14 +78,9 @@ def _nerfacto() -> TrainerConfig:
         machine=MachineConfig(device_type=compat.device_type()),
         pipeline=VanillaPipelineConfig(
             datamanager=SoftMiningDataManagerConfig(
-                dataparser=NerfstudioDataParserConfig(), train_num_rays_per_batch=4096, eval_num_rays_per_batch=4096
+                dataparser=dataparser, train_num_rays_per_batch=4096, eval_num_rays_per_batch=4096
             ),
-            model=SoftMiningNerfactoModelConfig(
-                eval_num_rays_per_chunk=1 << 15,
-                average_init_density=0.01,
-                camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"),
-                implementation=compat.implementation(),
-            ),
+            model=SoftMiningNerfactoModelConfig(**deepcopy(defaults | model)),
         ),
         optimizers={
             "proposal_networks": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": decay},
@@ -59,69 +95,42 @@ def _nerfacto() -> TrainerConfig:
     )
 
 
-def _lite() -> TrainerConfig:
-    """Soft-mined nerfacto for two CPU cores: smaller grids, networks, sample counts and batches."""
-    config = _nerfacto()
-    config.method_name = "softmining-nerfacto-lite"
+def _lite(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfig:
+    """The same for a laptop: a small model, small batches, few iterations."""
+    config = _nerfacto(name, dataparser, **LITE, **model)
     config.max_num_iterations = 1000
     config.steps_per_save = 500
     config.viewer.num_rays_per_chunk = 1 << 12
+    assert isinstance(config.pipeline.datamanager, SoftMiningDataManagerConfig)
     config.pipeline.datamanager.train_num_rays_per_batch = 1024
     config.pipeline.datamanager.eval_num_rays_per_batch = 1024
-    model = config.pipeline.model
-    model.eval_num_rays_per_chunk = 1 << 12
-    model.num_levels, model.features_per_level, model.max_res, model.log2_hashmap_size = 5, 4, 256, 16
-    model.hidden_dim = model.hidden_dim_color = 32
-    model.num_proposal_iterations, model.num_proposal_samples_per_ray, model.num_nerf_samples_per_ray = 1, (32,), 24
-    model.proposal_net_args_list = [
-        {"hidden_dim": 16, "log2_hashmap_size": 14, "num_levels": 3, "max_res": 64, "use_linear": False}
-    ]
-    # a step size that falls within the few iterations makes the result depend less on the seed
+    # a learning rate that falls within the few iterations makes the result depend less on the seed
     for group in ("proposal_networks", "fields"):
         config.optimizers[group]["scheduler"] = ExponentialDecaySchedulerConfig(lr_final=1e-3, max_steps=1000)
     return config
 
 
-def _preset(config: TrainerConfig, name: str, dataparser: DataParserConfig, alpha: float) -> TrainerConfig:
-    """What the paper's two data sets have in common: exact cameras, one exposure."""
-    config = deepcopy(config)
-    config.method_name = f"{config.method_name}-{name}"
-    config.pipeline.datamanager.dataparser = dataparser
-    model = config.pipeline.model
-    model.alpha = alpha
-    model.camera_optimizer.mode = "off"
-    model.use_appearance_embedding = False
-    return config
-
-
-def _blender(config: TrainerConfig) -> TrainerConfig:
-    """One object on white, as in NeRF Synthetic (section 4.2)."""
-    config = _preset(config, "blender", BlenderDataParserConfig(), alpha=0.6)
-    model = config.pipeline.model
-    model.background_color = "white"
-    model.disable_scene_contraction = True
-    model.proposal_initial_sampler = "uniform"
-    model.near_plane, model.far_plane = 2.0, 6.0
-    model.distortion_loss_mult = 0.0
-    return config
-
-
-def _llff(config: TrainerConfig) -> TrainerConfig:
-    """A forward-facing scene, as in LLFF (section 4.2)."""
-    return _preset(config, "llff", LLFFDataParserConfig(), alpha=0.8)
-
-
-softmining_nerfacto = MethodSpecification(_nerfacto(), "Nerfacto, soft mined: trains on the pixels that are still wrong.")
+softmining_nerfacto = MethodSpecification(
+    _nerfacto("softmining-nerfacto", NerfstudioDataParserConfig()),
+    "Nerfacto, soft mined: trains on the pixels that are still wrong.",
+)
 softmining_nerfacto_blender = MethodSpecification(
-    _blender(_nerfacto()), "Soft-mined nerfacto for one object on white, such as NeRF Synthetic."
+    _nerfacto("softmining-nerfacto-blender", BlenderDataParserConfig(), **BLENDER),
+    "Soft-mined nerfacto for one object on white, such as NeRF Synthetic.",
 )
 softmining_nerfacto_llff = MethodSpecification(
-    _llff(_nerfacto()), "Soft-mined nerfacto for forward-facing scenes, such as LLFF."
+    _nerfacto("softmining-nerfacto-llff", LLFFDataParserConfig(), **LLFF),
+    "Soft-mined nerfacto for forward-facing scenes, such as LLFF.",
 )
-softmining_nerfacto_lite = MethodSpecification(_lite(), "Soft-mined nerfacto for a laptop without a GPU.")
+softmining_nerfacto_lite = MethodSpecification(
+    _lite("softmining-nerfacto-lite", NerfstudioDataParserConfig()),
+    "Soft-mined nerfacto for a laptop without a GPU.",
+)
 softmining_nerfacto_lite_blender = MethodSpecification(
-    _blender(_lite()), "softmining-nerfacto-lite for one object on white, such as NeRF Synthetic."
+    _lite("softmining-nerfacto-lite-blender", BlenderDataParserConfig(), **BLENDER),
+    "softmining-nerfacto-lite for one object on white, such as NeRF Synthetic.",
 )
 softmining_nerfacto_lite_llff = MethodSpecification(
-    _llff(_lite()), "softmining-nerfacto-lite for forward-facing scenes, such as LLFF."
+    _lite("softmining-nerfacto-lite-llff", LLFFDataParserConfig(), **LLFF),
+    "softmining-nerfacto-lite for forward-facing scenes, such as LLFF.",
 )

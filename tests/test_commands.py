@@ -34,7 +34,16 @@ def train(folder: Path, scene: Path, name: str, steps: int, *flags: object, meth
     dataparser = options.pop("dataparser", ())
     return command(
         *("ns-train", method, "--data", scene, "--output-dir", folder, "--experiment-name", name, "--timestamp", "run"),
-        *("--max-num-iterations", steps, "--vis", "tensorboard", "--steps-per-eval-batch", 4, "--steps-per-eval-image", 5),
+        *(
+            "--max-num-iterations",
+            steps,
+            "--vis",
+            "tensorboard",
+            "--steps-per-eval-batch",
+            4,
+            "--steps-per-eval-image",
+            5,
+        ),
         *("--pipeline.datamanager.train-num-rays-per-batch", 256, *flags, *dataparser),
         folder=folder,
         **options,
@@ -106,11 +115,28 @@ def test_eval_reports_metrics_without_nan(config, runs):
 
 def test_renders(config, runs, scene):
     frame = {"camera_to_world": [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 4, 0, 0, 0, 1], "fov": 40, "aspect": 1}
-    path = {"render_height": 24, "render_width": 24, "fps": 1, "seconds": 1, "camera_path": [frame], "camera_type": "perspective"}
+    path = {
+        "render_height": 24,
+        "render_width": 24,
+        "fps": 1,
+        "seconds": 1,
+        "camera_path": [frame],
+        "camera_type": "perspective",
+    }
     (runs / "path.json").write_text(json.dumps(path))
     common = ("--load-config", config, "--output-path")
     images = ("--output-format", "images", "--downscale-factor")
-    command("ns-render", "camera-path", *common, runs / "a", *images, 1, "--camera-path-filename", runs / "path.json", folder=runs)
+    command(
+        "ns-render",
+        "camera-path",
+        *common,
+        runs / "a",
+        *images,
+        1,
+        "--camera-path-filename",
+        runs / "path.json",
+        folder=runs,
+    )
     command("ns-render", "interpolate", *common, runs / "b", *images, 2, "--interpolation-steps", 2, folder=runs)
     command("ns-render", "dataset", *common, runs / "c", "--split", "test", folder=runs)
     for name, least in (("a", 1), ("b", 2), ("c", 2)):
@@ -120,8 +146,16 @@ def test_renders(config, runs, scene):
 @pytest.mark.parametrize(
     ("kind", "flags", "made"),
     [
-        ("pointcloud", ("--num-points", 500, "--normal-method", "open3d", "--remove-outliers", False), "point_cloud.ply"),
-        ("poisson", ("--num-points", 5000, "--normal-method", "open3d", "--texture-method", "point_cloud"), "poisson_mesh.ply"),
+        (
+            "pointcloud",
+            ("--num-points", 500, "--normal-method", "open3d", "--remove-outliers", False),
+            "point_cloud.ply",
+        ),
+        (
+            "poisson",
+            ("--num-points", 5000, "--normal-method", "open3d", "--texture-method", "point_cloud"),
+            "poisson_mesh.ply",
+        ),
         ("tsdf", ("--resolution", 16, "--texture-method", "tsdf"), "tsdf_mesh.ply"),
         ("cameras", (), "transforms_train.json"),
     ],

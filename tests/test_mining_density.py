@@ -51,7 +51,9 @@ DENSITIES = {
     "one block": torch.arange(64, dtype=torch.uint8) + 100,
     "a block and one": torch.arange(65, dtype=torch.uint8) + 5,
     "not whole blocks": torch.randint(256, (333,), generator=seeded(), dtype=torch.uint8),
-    "zero blocks": torch.cat([torch.zeros(130), torch.arange(70), torch.zeros(200), torch.ones(9) * 70]).to(torch.uint8),
+    "zero blocks": torch.cat([torch.zeros(130), torch.arange(70), torch.zeros(200), torch.ones(9) * 70]).to(
+        torch.uint8
+    ),
     "first only": spread(200, (0, 9)),
     "last only": spread(200, (-1, 255)),
     "first and last": spread(193, (0, 1), (-1, 2)),
@@ -72,7 +74,7 @@ def test_draws_follow_the_density(name):
 
 def test_draws_are_independent():
     roots = roots_of([1, 2, 0, 3])
-    pairs = dens.draw(dens.tabulate(roots), 200_000, seeded()).index.view(-1, 2)
+    pairs = dens.draw(dens.tabulate(roots), 200_000, seeded()).entry.view(-1, 2)
     expected = torch.outer(brute_force(roots), brute_force(roots)).flatten()
     assert p_value(torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16), expected) > 1e-4
 
@@ -114,7 +116,7 @@ def test_what_has_no_weight_is_never_drawn_and_probabilities_sum_to_one(values, 
 
 def test_an_empty_density_has_nothing_to_draw():
     assert dens.tabulate(torch.zeros(0, dtype=torch.uint8)).total == 0
-    assert len(dens.draw(dens.tabulate(roots_of([1, 2])), 0, seeded()).index) == 0
+    assert len(dens.draw(dens.tabulate(roots_of([1, 2])), 0, seeded()).entry) == 0
 
 
 @LAW
@@ -139,6 +141,6 @@ def test_bytes_saturate_and_keep_the_shape():
 def test_draws_are_those_of_the_given_generator():
     density = dens.tabulate(DENSITIES["not whole blocks"])
     before = torch.get_rng_state()
-    draws = [dens.draw(density, 500, seeded(seed)).index for seed in (3, 3, 4)]
+    draws = [dens.draw(density, 500, seeded(seed)).entry for seed in (3, 3, 4)]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

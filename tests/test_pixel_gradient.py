@@ -75,7 +75,10 @@ def datamanager_with(cameras: Cameras) -> SoftMiningDataManager:
 def forward(model, rays, truth, mining=None, seed=1):
     """Render and compute the losses, with the same jitter each time."""
     torch.manual_seed(seed)
-    batch = {"image": truth, BATCH_KEY: mining or MiningBatch(torch.zeros(len(truth), 3).long(), torch.ones(len(truth)), 0)}
+    batch = {
+        "image": truth,
+        BATCH_KEY: mining or MiningBatch(torch.zeros(len(truth), 3).long(), torch.ones(len(truth)), 0),
+    }
     outputs = model(rays)
     return outputs, model.get_loss_dict(outputs, batch, model.get_metrics_dict(outputs, batch))
 
@@ -108,7 +111,8 @@ def test_pixel_gradient_is_a_finite_difference_of_the_rendered_error(kind):
     h = 1e-2  # pixels: the field is piecewise smooth, and single precision forbids much smaller steps
     difference = torch.stack(
         [
-            rendered_error(model, cameras, indices, truth, h * unit) - rendered_error(model, cameras, indices, truth, -h * unit)
+            rendered_error(model, cameras, indices, truth, h * unit)
+            - rendered_error(model, cameras, indices, truth, -h * unit)
             for unit in torch.eye(2)
         ],
         dim=-1,

@@ -2,8 +2,8 @@
 
     python -m nerfstudio_softmining.bench.compare softmining-nerfacto-lite-blender --data SCENE --output DIR
 
-Trains each of them with several seeds through nerfstudio's trainer, run by run in turn, and prints the PSNR of held-out views
-at chosen iterations with its spread over the seeds, and the seconds of a training step. What is finished is in
+Trains each of them with several seeds through nerfstudio's trainer, run by run in turn, and prints the PSNR of held-out
+views at chosen iterations with its spread over the seeds, and the seconds of a training step. What is finished is in
 DIR/results.json and is not run again.
 """
 
@@ -22,13 +22,14 @@ import numpy as np
 import torch
 import tyro
 import yaml
-from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 from nerfstudio.scripts.train import _set_random_seed
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -79,7 +80,9 @@ def variant_config(compare: Compare, variant: str, seed: int) -> TrainerConfig:
         raise ValueError(f"--variants has {name!r}; known are uniform, uniform-weighted and soft-mining.")
     for setting in (*compare.set, *own):
         key, value = setting.split("=")
-        owners = [o for o in (pipeline.model, pipeline.datamanager, pipeline.datamanager.pixel_sampler) if hasattr(o, key)]
+        owners = [
+            o for o in (pipeline.model, pipeline.datamanager, pipeline.datamanager.pixel_sampler) if hasattr(o, key)
+        ]
         for owner in owners:
             setattr(owner, key, yaml.safe_load(value))
         if not owners and setting in own:
@@ -101,7 +104,7 @@ def run(compare: Compare, variant: str, seed: int, progress: Progress) -> list[d
         trainer: Trainer = config.setup(local_rank=0, world_size=1)
         trainer.setup(test_mode="test")
     task = progress.add_task(f"{variant}, seed {seed}", total=compare.at[-1])
-    entries, seconds = [], 0.0
+    entries, durations = [], []
     for step in range(compare.at[-1]):
         start = time.perf_counter()
         trainer.pipeline.train()
@@ -112,7 +115,7 @@ def run(compare: Compare, variant: str, seed: int, progress: Progress) -> list[d
             callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds += time.perf_counter() - start
+        durations.append(time.perf_counter() - start)
         progress.advance(task)
         if step + 1 in compare.at:
             metrics = evaluate(trainer, compare.views)
@@ -124,8 +127,8 @@ def run(compare: Compare, variant: str, seed: int, progress: Progress) -> list[d
                     "seed": seed,
                     "iteration": step + 1,
                     **metrics,
-                    "seconds": round(seconds, 2),
-                    "seconds_per_step": round(seconds / (step + 1), 4),
+                    "seconds": round(sum(durations), 2),
+                    "seconds_per_step": round(float(np.median(durations)), 4),
                 }
             )
             progress.update(task, description=f"{variant}, seed {seed}: {metrics['psnr']:.2f} dB at {step + 1}")
@@ -133,14 +136,15 @@ def run(compare: Compare, variant: str, seed: int, progress: Progress) -> list[d
     return entries
 
 
+@torch.no_grad()
 def evaluate(trainer: Trainer, views: tuple[int, ...]) -> dict[str, float]:
     """Mean metrics over the held-out views."""
     pipeline = trainer.pipeline
+    assert isinstance(pipeline.datamanager, VanillaDataManager)
     pipeline.eval()
-    loader = pipeline.datamanager.fixed_indices_eval_dataloader
     rows = []
     for view in views or range(len(pipeline.datamanager.eval_dataset)):
-        camera, batch = loader.get_camera(view)
+        camera, batch = pipeline.datamanager.fixed_indices_eval_dataloader.get_camera(view)
         outputs = pipeline.model.get_outputs_for_camera(camera)
         rows.append(pipeline.model.get_image_metrics_and_images(outputs, batch)[0])
     return {key: round(float(np.mean([row[key] for row in rows])), 4) for key in ("psnr", "ssim")}
@@ -148,15 +152,20 @@ def evaluate(trainer: Trainer, views: tuple[int, ...]) -> dict[str, float]:
 
 def table(compare: Compare, runs: list[dict]) -> Table:
     """Mean and standard deviation over the seeds."""
-    out = Table(title=f"{compare.data.name}, {compare.method}: held-out PSNR in dB, mean ± deviation over the seeds")
-    for heading in ("sampler", "seeds", *(f"{at} it." for at in compare.at), "ms a step"):
+    out = Table(
+        title=f"{compare.data.name}, {compare.method}: held-out PSNR in dB, mean ± standard deviation over the seeds",
+        box=box.MARKDOWN,
+    )
+    for heading in ("sampler", "seeds", *(f"{at} it." for at in compare.at), "median ms a step"):
         out.add_column(heading, justify="left" if heading == "sampler" else "right")
     for variant in dict.fromkeys(r["sampler"] for r in runs):
         mine = [r for r in runs if r["sampler"] == variant]
         cells = []
         for at in compare.at:
             psnr = [r["psnr"] for r in mine if r["iteration"] == at]
-            cells.append(f"{np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f}" if len(psnr) > 1 else f"{np.mean(psnr):.2f}")
+            cells.append(
+                f"{np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f}" if len(psnr) > 1 else f"{np.mean(psnr):.2f}"
+            )
         times = [1000 * r["seconds_per_step"] for r in mine if r["iteration"] == compare.at[-1]]
         out.add_row(variant, str(len(times)), *cells, f"{np.mean(times):.0f} ({min(times):.0f} - {max(times):.0f})")
     return out
@@ -167,9 +176,11 @@ def main(compare: Compare) -> None:
     compat.flush_denormals()
     compare.output.mkdir(parents=True, exist_ok=True)
     path = compare.output / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    results: dict = json.loads(path.read_text()) if path.exists() else {"runs": []}
     results["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    results["device"] = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    )
     done = {(r["scene"], r["method"], r["sampler"], r["seed"]) for r in results["runs"]}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     for seed in compare.seeds:

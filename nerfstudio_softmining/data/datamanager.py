@@ -19,8 +19,8 @@ from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 from nerfstudio_softmining.sampling.langevin import LangevinPixelSampler, LangevinPixelSamplerConfig
 
 RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
-"""Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect to the
-pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
+"""Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect
+to the pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
 
 
 @dataclass
@@ -40,8 +40,8 @@ class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
         super().__post_init__()
         if self.patch_size > 1:
             raise UserError(
-                f"--pipeline.datamanager.patch-size is {self.patch_size}: soft mining chooses single pixels, patches can not "
-                "follow the error. Set it to 1."
+                f"--pipeline.datamanager.patch-size is {self.patch_size}: soft mining chooses single pixels, patches "
+                "can not follow the error. Set it to 1."
             )
 
 
@@ -60,14 +60,17 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         self._mining_batch: MiningBatch | None = None
         self._loss_scale: Tensor | None = None
         self._random_state: dict | None = None
-        super().__init__(config, *args, **kwargs)
+        try:
+            super().__init__(config, *args, **kwargs)
+        except (OSError, IndexError, AssertionError) as error:
+            if hasattr(self, "train_dataparser_outputs"):
+                raise
+            raise UserError(
+                f"{type(self.dataparser).__name__} finds no scene with images at {self.config.data} ({error!r}). Check "
+                "--data, and name another dataparser after all other flags if the scene has another format."
+            ) from error
 
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
-        if len(dataset) == 0:
-            raise UserError(
-                f"the data set at {self.config.data} has no images (0 found for training or evaluation). Check --data and "
-                "the dataparser's settings."
-            )
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
         if isinstance(sampler, LangevinPixelSampler):
             sampler.num_images = len(dataset)
@@ -85,7 +88,9 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
             compat.set_random_state(self._random_state)
             self._random_state = None
         self.train_count += 1
-        batch = sampler.sample(next(self.iter_train_image_dataloader))
+        image_batch = next(self.iter_train_image_dataloader)
+        assert isinstance(image_batch, dict)
+        batch = sampler.sample(image_batch)
         mining = batch[BATCH_KEY]
         mining.step = step
         rays, mining.coords = self._differentiable_rays(batch["indices"])
@@ -113,19 +118,22 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         """Tell the sampler after each step."""
         scaler = training_callback_attributes.grad_scaler
         self._loss_scale = compat.loss_scale(scaler)
+        sampler = self.train_pixel_sampler
 
         def update_sampler(step: int) -> None:
             before, self._loss_scale = self._loss_scale, compat.loss_scale(scaler)
             mining, self._mining_batch = self._mining_batch, None
-            if mining is None:
+            if mining is None or not isinstance(sampler, LangevinPixelSampler):
                 return
             # the scaler lowers its scale when, and only when, it made the optimizers skip the step
             applied = True if before is None or self._loss_scale is None else self._loss_scale >= before
-            self.train_pixel_sampler.update(mining, applied)
+            sampler.update(mining, applied)
 
         return [
             *super().get_training_callbacks(training_callback_attributes),
-            TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], update_sampler, update_every_num_iters=1),
+            TrainingCallback(
+                [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], update_sampler, update_every_num_iters=1
+            ),
         ]
 
     def get_extra_state(self) -> dict:

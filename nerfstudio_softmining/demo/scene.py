@@ -66,8 +66,8 @@ def ground_texture(points: Array) -> Array:
     x, y = points[:, 0], points[:, 1]
     radius = np.hypot(x, y)
     smooth = mix(0.5 + 0.6 * x, (0.86, 0.72, 0.50), (0.40, 0.62, 0.62))
-    checker = mix((np.floor(x / 0.09) + np.floor(y / 0.09)) % 2, (0.20, 0.25, 0.34), (0.82, 0.78, 0.68))
-    stripes = mix(np.floor(np.arctan2(y, x) * 48 / math.pi) % 2, (0.62, 0.16, 0.14), (0.90, 0.82, 0.62))
+    checker = mix(np.mod(np.floor(x / 0.09) + np.floor(y / 0.09), 2), (0.20, 0.25, 0.34), (0.82, 0.78, 0.68))
+    stripes = mix(np.mod(np.floor(np.arctan2(y, x) * 48 / math.pi), 2), (0.62, 0.16, 0.14), (0.90, 0.82, 0.62))
     inner = np.where((x + 0.35 * y < 0)[:, None], checker, smooth)
     return np.where((radius > 0.86)[:, None], stripes, inner)
 
@@ -98,7 +98,7 @@ def veined_texture(points: Array) -> Array:
 
 def ringed_texture(points: Array) -> Array:
     """Rings in two colours along z: [N, 3] -> [N, 3]."""
-    return mix(np.floor(points[:, 2] / 0.06) % 2, (0.12, 0.30, 0.58), (0.88, 0.66, 0.16))
+    return mix(np.mod(np.floor(points[:, 2] / 0.06), 2), (0.12, 0.30, 0.58), (0.88, 0.66, 0.16))
 
 
 # ------------------------------------------------------------------------------------------------------------ solids
@@ -107,9 +107,15 @@ def ringed_texture(points: Array) -> Array:
 class Solid(Protocol):
     """A convex solid that rays can be cast at from a point outside of it."""
 
-    centre: Array
-    """Position in the world, [3]. It is the origin of the solid's own frame, whose axes are the world's."""
-    texture: Texture
+    @property
+    def centre(self) -> Array:
+        """Position in the world, [3]. It is the origin of the solid's own frame, whose axes are the world's."""
+        ...
+
+    @property
+    def texture(self) -> Texture:
+        """What colours its surface."""
+        ...
 
     @property
     def bound(self) -> float:
@@ -145,7 +151,7 @@ class Sphere:
         return self.radius
 
     def depth(self, origin: Array, directions: Array) -> Array:
-        return quadratic_entry(np.ones(len(directions)), directions @ origin, origin @ origin - self.radius**2)
+        return quadratic_entry(np.ones(len(directions)), directions @ origin, float(origin @ origin) - self.radius**2)
 
     def normals(self, points: Array) -> Array:
         return points / self.radius
@@ -166,7 +172,9 @@ class Cylinder:
 
     def depth(self, origin: Array, directions: Array) -> Array:
         flat, flat_origin = directions[:, :2], origin[:2]
-        side = quadratic_entry(np.sum(flat**2, 1), flat @ flat_origin, flat_origin @ flat_origin - self.radius**2)
+        side = quadratic_entry(
+            np.sum(flat**2, 1), flat @ flat_origin, float(flat_origin @ flat_origin) - self.radius**2
+        )
         side = np.where(np.abs(origin[2] + side * directions[:, 2]) <= self.half_height, side, np.inf)
         cap_height = math.copysign(self.half_height, origin[2])
         cap = (cap_height - origin[2]) / directions[:, 2]

@@ -7,6 +7,6 @@ The method reads in this order:
 - [edges][nerfstudio_softmining.mining.edges]: where re-initialised chains start (Sobel, section 4.1);
 - [density][nerfstudio_softmining.mining.density]: exact draws from a density over any number of pixels.
 
-Equation, table and section numbers are those of Kheradmand et al., "Accelerating Neural Field Training via Soft Mining",
-CVPR 2024.
+Equation, table and section numbers are those of Kheradmand et al., "Accelerating Neural Field Training via Soft
+Mining", CVPR 2024.
 """

@@ -17,13 +17,13 @@ CHUNK = BLOCK << 16
 class DiscreteDensity(NamedTuple):
     """A density over the entries 0 ... n - 1, in proportion to the square of a byte.
 
-    Takes 1 byte an entry and 8 bytes a block of 64: 1.125 bytes an entry, of which the bytes may be a view of a mask that
-    exists already. Sums are integers, so a draw is exact for any n; `torch.multinomial` ends at 2^24 entries.
+    Takes 1 byte an entry and 8 bytes a block of 64: 1.125 bytes an entry, of which the bytes may be a view of a mask
+    that exists already. Sums are integers, so a draw is exact for any n; `torch.multinomial` ends at 2^24 entries.
     """
 
-    roots: UInt8[Tensor, "n"]
+    roots: UInt8[Tensor, " n"]
     """Square roots of the densities, up to a factor. A mask is one as it is."""
-    cumulative: Int64[Tensor, "blocks"]
+    cumulative: Int64[Tensor, " blocks"]
     """Sum of the squares up to and including each block."""
     total: int
     """Sum of all squares; 0 means that there is nothing to draw."""
@@ -32,11 +32,11 @@ class DiscreteDensity(NamedTuple):
 class Draw(NamedTuple):
     """Entries drawn from a [DiscreteDensity][] and the probability of each."""
 
-    index: Int64[Tensor, "k"]
-    probability: Float[Tensor, "k"]
+    entry: Int64[Tensor, " k"]
+    probability: Float[Tensor, " k"]
 
 
-def tabulate(roots: UInt8[Tensor, "n"]) -> DiscreteDensity:
+def tabulate(roots: UInt8[Tensor, " n"]) -> DiscreteDensity:
     """Make the table that [draw][] needs. Reads every entry once and waits for the device: for set-up, not for a step.
 
     >>> tabulate(torch.tensor([0, 1, 2], dtype=torch.uint8)).total
@@ -68,7 +68,7 @@ def draw(density: DiscreteDensity, count: int, generator: torch.Generator | None
         count: number of draws.
         generator: source of randomness on the density's device; torch's own if None.
 
-    >>> draw(tabulate(torch.tensor([0, 0, 7], dtype=torch.uint8)), count=2).index
+    >>> draw(tabulate(torch.tensor([0, 0, 7], dtype=torch.uint8)), count=2).entry
     tensor([2, 2])
     """
     device = density.roots.device
@@ -83,7 +83,7 @@ def draw(density: DiscreteDensity, count: int, generator: torch.Generator | None
     return Draw(entry.gather(1, offset)[:, 0], squares.gather(1, offset)[:, 0] / density.total)
 
 
-def probability(density: DiscreteDensity, index: Int64[Tensor, "k"]) -> Float[Tensor, "k"]:
+def probability(density: DiscreteDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:
     """Probability of drawing each of the given entries.
 
     >>> probability(tabulate(torch.tensor([1, 2], dtype=torch.uint8)), torch.tensor([0, 1]))

@@ -10,7 +10,7 @@ SMALLEST_DENSITY = 1e-6
 """Relative densities are raised to at least this, so that a sample without any error has a finite weight."""
 
 
-def squared_error(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"]) -> Float[Tensor, "n"]:
+def squared_error(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     """The error that is minimised (eq. 7), as the mean over channels: the mean over samples is the usual MSE.
 
     >>> squared_error(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
@@ -19,7 +19,7 @@ def squared_error(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"])
     return (prediction - truth).square().mean(dim=-1)
 
 
-def l1_importance(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"]) -> Float[Tensor, "n"]:
+def l1_importance(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     """The importance Q: the L1 error, as the mean over channels, cut off from the gradient (eq. 6 and 8).
 
     >>> l1_importance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
@@ -37,9 +37,7 @@ def warmed_up(alpha: float, step: int, warmup: int) -> float:
     return alpha * min(step / warmup, 1.0) if warmup > 0 else alpha
 
 
-def relative_density(
-    importance: Float[Tensor, "n"], mean_importance: Float[Tensor, ""]
-) -> Float[Tensor, "n"]:
+def relative_density(importance: Float[Tensor, " n"], mean_importance: Float[Tensor, ""]) -> Float[Tensor, " n"]:
     """Density p / u of samples drawn in proportion to the importance, relative to uniform draws u.
 
     Args:
@@ -52,7 +50,7 @@ def relative_density(
     return importance / mean_importance.clamp_min(torch.finfo(mean_importance.dtype).tiny)
 
 
-def soft_weights(density: Float[Tensor, "n"], alpha: float) -> Float[Tensor, "n"]:
+def soft_weights(density: Float[Tensor, " n"], alpha: float) -> Float[Tensor, " n"]:
     """Weight (u / p)^alpha of each sample's error (eq. 9).
 
     With p in proportion to Q this is the paper's 1 / Q^alpha times a factor that all samples of a batch share, the mean

@@ -12,18 +12,18 @@ from torch import Tensor
 class Pool(NamedTuple):
     """Positions of the chains. A chain lives on one of several charts: images of a data set, say, or one square."""
 
-    chart: Int64[Tensor, "n"]
+    chart: Int64[Tensor, " n"]
     """The chart that each chain lives on."""
     position: Float[Tensor, "n d"]
     """Where it is there, in the unit of the caller (pixels, for images)."""
-    density: Float[Tensor, "n"]
+    density: Float[Tensor, " n"]
     """Density p / u that a chain was drawn with, where it has not moved since; NaN where it follows Q."""
 
 
 class Domain(Protocol):
     """Where chains may be, and how new ones are drawn."""
 
-    def contains(self, pool: Pool) -> Bool[Tensor, "n"]:
+    def contains(self, pool: Pool) -> Bool[Tensor, " n"]:
         """Whether each chain is on its chart; false for positions that are not finite."""
         ...
 
@@ -35,22 +35,22 @@ class Domain(Protocol):
 class Info(NamedTuple):
     """What happened to the chains in a step; to look at only."""
 
-    left: Bool[Tensor, "n"]
+    left: Bool[Tensor, " n"]
     """Chains that left the domain."""
-    low: Bool[Tensor, "n"]
+    low: Bool[Tensor, " n"]
     """Chains that were re-initialised for their low importance."""
 
 
 def grad_log_importance(
-    gradient: Float[Tensor, "n d"], loss_gradient: Float[Tensor, "n"], weighted_error: Float[Tensor, "n"]
+    gradient: Float[Tensor, "n d"], loss_gradient: Float[Tensor, " n"], weighted_error: Float[Tensor, " n"]
 ) -> Float[Tensor, "n d"]:
     """Drift direction of eq. 10 from the backward pass of the training loss.
 
     The training loss holds a weighted squared error for each sample, w e^2. Its gradient with respect to the sample's
     position is that of the error times w and whatever the loss is multiplied by: the mean over the batch, a loss scale.
-    `loss_gradient` measures the latter, so neither counts here. Half of the gradient of log e^2 is returned: that is the
-    gradient of log Q for one channel, and for several that of the logarithm of the L2 norm instead of the L1 norm of the
-    error. One backward pass can give only one of the two.
+    `loss_gradient` measures the latter, so neither counts here. Half of the gradient of log e^2 is returned: that is
+    the gradient of log Q for one channel, and for several that of the logarithm of the L2 norm instead of the L1 norm
+    of the error. One backward pass can give only one of the two.
 
     Args:
         gradient: of the training loss with respect to the positions.
@@ -63,20 +63,22 @@ def grad_log_importance(
     return gradient / (2 * loss_gradient * weighted_error)[:, None]
 
 
-def lowest(importance: Float[Tensor, "n"], share: float) -> Bool[Tensor, "n"]:
+def lowest(importance: Float[Tensor, " n"], share: float) -> Bool[Tensor, " n"]:
     """Mark the given share of the chains: those of the lowest importance.
 
     >>> lowest(torch.tensor([0.3, 0.1, 0.2, 0.4]), share=0.25)
     tensor([False,  True, False, False])
     """
     mark = torch.zeros_like(importance, dtype=torch.bool)
-    return mark.index_fill_(0, importance.topk(round(share * len(importance)), largest=False, sorted=False).indices, True)
+    return mark.index_fill_(
+        0, importance.topk(round(share * len(importance)), largest=False, sorted=False).indices, True
+    )
 
 
 def step(
     pool: Pool,
     grad_log_q: Float[Tensor, "n d"],
-    importance: Float[Tensor, "n"],
+    importance: Float[Tensor, " n"],
     domain: Domain,
     *,
     drift: Float[Tensor, "n 1"] | float,
@@ -99,14 +101,12 @@ def step(
         generator: source of randomness on the pool's device; torch's own if None.
     """
     eta = torch.empty_like(pool.position).normal_(generator=generator)
-    moved = Pool(
-        pool.chart, pool.position + drift * grad_log_q + noise * eta, torch.full_like(pool.density, torch.nan)
-    )
+    moved = Pool(pool.chart, pool.position + drift * grad_log_q + noise * eta, torch.full_like(pool.density, torch.nan))
     info = Info(left=~domain.contains(moved), low=lowest(importance, reinit_share))
     return select(info.left | info.low, domain.propose(len(importance)), moved), info
 
 
-def select(condition: Bool[Tensor, "n"] | Bool[Tensor, ""], chosen: Pool, other: Pool) -> Pool:
+def select(condition: Bool[Tensor, " n"] | Bool[Tensor, ""], chosen: Pool, other: Pool) -> Pool:
     """Take each chain from `chosen` where the condition holds, else from `other`."""
     return Pool(
         torch.where(condition, chosen.chart, other.chart),

@@ -25,7 +25,8 @@ class SoftMiningConfig:
     """Settings that soft mining adds to a model's own."""
 
     alpha: float = 0.8
-    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling. The paper: 0.6 on white, 0.8 forward-facing."""
+    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling. The paper: 0.6 on white, 0.8
+    forward-facing."""
     alpha_warmup: int = 1000
     """Training steps over which alpha rises from 0 (section 3.3)."""
     weight_by: Literal["density", "importance"] = "density"
@@ -35,7 +36,9 @@ class SoftMiningConfig:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--pipeline.model.alpha is {self.alpha}: it lies in [0, 1]. The paper uses 0.6 and 0.8.")
         if self.alpha_warmup < 0:
-            raise UserError(f"--pipeline.model.alpha-warmup is {self.alpha_warmup}: it is a number of steps, 0 or more.")
+            raise UserError(
+                f"--pipeline.model.alpha-warmup is {self.alpha_warmup}: it is a number of steps, 0 or more."
+            )
 
 
 class SoftMinedLoss(nn.Module):
@@ -70,10 +73,11 @@ class SoftMinedLoss(nn.Module):
 
 
 class SoftMiningMixin(Model):
-    """Put before a ray-based model class: weights its reconstruction loss, and lets the pixel coordinates have a gradient.
+    """Put before a ray-based model class: weights its reconstruction loss, and lets the pixel coordinates have a
+    gradient.
 
-    The model must compute its reconstruction loss by `self.rgb_loss(truth, prediction)` and draw the samples of its field by
-    a nerfstudio ray sampler among its modules, with a [rays, samples] shape.
+    The model must compute its reconstruction loss by `self.rgb_loss(truth, prediction)` and draw the samples of its
+    field by a nerfstudio ray sampler among its modules, with a [rays, samples] shape.
     """
 
     config: Any
@@ -94,8 +98,9 @@ class SoftMiningMixin(Model):
         """The model's own losses, with the reconstruction weighted while training."""
         if self.training and BATCH_KEY not in batch:
             raise UserError(
-                "the training batch does not come from soft mining's sampler, which has to hear about the loss. Use the "
-                "method's own --pipeline.datamanager and pixel sampler (a ParallelDataManager samples in another process)."
+                "the training batch does not come from soft mining's sampler, which has to hear about the loss. Use "
+                "the method's own --pipeline.datamanager and pixel sampler (a ParallelDataManager samples in another "
+                "process)."
             )
         self.rgb_loss.batch = batch[BATCH_KEY] if self.training else None
         try:
@@ -117,8 +122,8 @@ class SoftMiningMixin(Model):
         pipeline = training_callback_attributes.pipeline
         if pipeline is not None and not isinstance(pipeline.datamanager, SoftMiningDataManager):
             raise UserError(
-                f"--pipeline.datamanager is a {type(pipeline.datamanager).__name__}, whose sampler can not hear about the loss "
-                "(ParallelDataManager samples in another process). Use SoftMiningDataManagerConfig."
+                f"--pipeline.datamanager is a {type(pipeline.datamanager).__name__}, whose sampler can not hear about "
+                "the loss (ParallelDataManager samples in another process). Use SoftMiningDataManagerConfig."
             )
         return super().get_training_callbacks(training_callback_attributes)
 
@@ -139,8 +144,8 @@ class SoftMiningMixin(Model):
 def _attach_pixel_gradient(sampler: nn.Module, inputs: tuple, output: tuple) -> None:
     """Give the field's samples the gradient with respect to the pixel coordinates.
 
-    The proposal networks do not see it, and so neither pay for it nor add to it. A camera optimizer's rotation of the rays is
-    taken as the identity here, which it is up to some milliradians.
+    The proposal networks do not see it, and so neither pay for it nor add to it. A camera optimizer's rotation of the
+    rays is taken as the identity here, which it is up to some milliradians.
     """
     ray_bundle, ray_samples = inputs[0], output[0]
     assert isinstance(ray_bundle, RayBundle) and isinstance(ray_samples, RaySamples)

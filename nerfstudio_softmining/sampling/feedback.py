@@ -13,11 +13,12 @@ BATCH_KEY = "mining"
 
 @dataclass
 class MiningBatch:
-    """A batch of training rays as the sampler, the datamanager, the model and the backward pass see it, in this order."""
+    """A batch of training rays as the sampler, the datamanager, the model and the backward pass see it, in this
+    order."""
 
     indices: Int64[Tensor, "rays 3"]
     """Image (as counted by the data set), row and column of each ray."""
-    density: Float[Tensor, "rays"]
+    density: Float[Tensor, " rays"]
     """Density p / u that each ray was drawn with; NaN where it follows the importance."""
     num_uniform: int
     """The last rays of the batch, this many, were drawn uniformly."""
@@ -26,7 +27,7 @@ class MiningBatch:
     coords: Float[Tensor, "rays 2"] | None = None
     """Row and column that the rays were made from, in pixels: the leaf whose gradient drives the chains; set by the
     datamanager."""
-    importance: Float[Tensor, "rays"] | None = None
+    importance: Float[Tensor, " rays"] | None = None
     """Q of each ray; set by the model."""
-    weighted_error: Float[Tensor, "rays"] | None = None
+    weighted_error: Float[Tensor, " rays"] | None = None
     """Weighted squared error of each ray, whose gradient is kept; set by the model."""

@@ -24,13 +24,16 @@ class LangevinPixelSamplerConfig(PixelSamplerConfig):
     _target: type = field(default_factory=lambda: LangevinPixelSampler)
     """Target class to instantiate."""
     drift: float = 2e-6
-    """Step size a of eq. 10 along the gradient of log Q, in squared image sides; 2e-6 is the 2e1 of the paper's NeRFs."""
+    """Step size a of eq. 10 along the gradient of log Q, in squared image sides; 2e-6 is the 2e1 of the paper's
+    NeRFs."""
     noise: float = 2e-2
-    """Step size b of eq. 10: standard deviation of a random step, in image sides (geometric mean of height and width)."""
+    """Step size b of eq. 10: standard deviation of a random step, in image sides (geometric mean of height and
+    width)."""
     uniform_share: float = 0.1
     """Share of each batch that is drawn uniformly over all images, in [0, 1] (section 4.1)."""
     reinit_share: float = 0.1
-    """Share of the chains, those of the lowest Q, that start anew on an edge after each step, in [0, 1] (section 4.1)."""
+    """Share of the chains, those of the lowest Q, that start anew on an edge after each step, in [0, 1] (section
+    4.1)."""
 
     def __post_init__(self) -> None:
         for name in ("drift", "noise"):
@@ -43,16 +46,16 @@ class LangevinPixelSamplerConfig(PixelSamplerConfig):
                 raise UserError(f"{FLAG}.{name.replace('_', '-')} is {value}: a share lies in [0, 1], such as 0.1.")
         if self.uniform_share + self.reinit_share > 1:
             raise UserError(
-                f"{FLAG}.uniform-share ({self.uniform_share}) and {FLAG}.reinit-share ({self.reinit_share}) add up to more "
-                "than 1. Lower one of them; the paper uses 0.1 and 0.1."
+                f"{FLAG}.uniform-share ({self.uniform_share}) and {FLAG}.reinit-share ({self.reinit_share}) add up to "
+                "more than 1. Lower one of them; the paper uses 0.1 and 0.1."
             )
 
 
 class LangevinPixelSampler(PixelSampler):
     """Draws training rays by soft mining, and is told how they fared.
 
-    The pool has an entry for every ray that is not drawn uniformly. It keeps its chains when the batch shrinks, and grows by
-    uniform draws. Outside of training (an exporter asks for rays, say) it is nerfstudio's uniform sampler.
+    The pool has an entry for every ray that is not drawn uniformly. It keeps its chains when the batch shrinks, and
+    grows by uniform draws. Outside of training (an exporter asks for rays, say) it is nerfstudio's uniform sampler.
 
     Takes 1.125 bytes a training pixel for the edges; a step costs O(batch).
 
@@ -83,7 +86,7 @@ class LangevinPixelSampler(PixelSampler):
         chains = self._grown_pool(pixels, self.num_rays_per_batch - num_uniform)
         rays = _concatenate(chains, pixels.uniform(num_uniform))
         index = pixels.index(rays)
-        batch = {key: value[index] for key, value in pixels.values.items()}
+        batch: dict = {key: value[index] for key, value in pixels.values.items()}
         batch["indices"] = torch.cat((rays.chart[:, None], pixel(rays)), dim=-1)
         batch[BATCH_KEY] = MiningBatch(batch["indices"], rays.density, num_uniform)
         if self.config.keep_full_image:
@@ -139,8 +142,8 @@ class LangevinPixelSampler(PixelSampler):
         uniform = round(share * rays)
         if (share > 0 and uniform == 0) or (share < 1 and uniform == rays):
             raise UserError(
-                f"a batch of {rays} rays is too small for its strata: {FLAG}.uniform-share {share} makes {uniform} of them "
-                "uniform. Set --pipeline.datamanager.train-num-rays-per-batch to 16 or more."
+                f"a batch of {rays} rays is too small for its strata: {FLAG}.uniform-share {share} makes {uniform} of "
+                "them uniform. Set --pipeline.datamanager.train-num-rays-per-batch to 16 or more."
             )
         return uniform
 

@@ -19,8 +19,8 @@ class CachedPixels:
     Images are known by two numbers: the slot, which is their place in the cache, and the image index of the data set,
     which stays the same while the cache changes. Positions are (row, column) in pixels, pixel (0, 0) covering [0, 1)^2.
 
-    Takes 1.125 bytes a pixel for the edges, and 0.125 for a mask, beside the images themselves. Images of different sizes
-    come as a list and are joined into one tensor, of which the list's tensors become views.
+    Takes 1.125 bytes a pixel for the edges, and 0.125 for a mask, beside the images themselves. Images of different
+    sizes come as a list and are joined into one tensor, of which the list's tensors become views.
 
     Args:
         image_batch: as nerfstudio's dataloader yields it: `image` and any other per-pixel data as one tensor
@@ -62,14 +62,14 @@ class CachedPixels:
         self.base = None if base is None else dens.tabulate(base)
         if self.base is not None and self.base.total == 0:
             raise UserError(
-                f"the masks of all {len(images)} cached training images are empty: there is no pixel to train on. Check the "
-                "mask files (non-zero is kept), or set --pipeline.datamanager.pixel-sampler.ignore-mask True."
+                f"the masks of all {len(images)} cached training images are empty: there is no pixel to train on. "
+                "Check the mask files (non-zero is kept), or set --pipeline.datamanager.pixel-sampler.ignore-mask True."
             )
         self.edges = dens.tabulate(self._edge_roots())
 
     def _base_roots(
         self, use_mask: bool, fisheye_crop_radius: float | None, is_equirectangular: bool
-    ) -> UInt8[Tensor, "pixels"] | None:
+    ) -> UInt8[Tensor, " pixels"] | None:
         """Bytes of the density of a uniform draw; None where that is the same for all pixels."""
         roots = None
         if use_mask and "mask" in self.values:
@@ -89,7 +89,7 @@ class CachedPixels:
         shape = torch.cat(parts)
         return shape if roots is None else shape * roots
 
-    def _edge_roots(self) -> UInt8[Tensor, "pixels"]:
+    def _edge_roots(self) -> UInt8[Tensor, " pixels"]:
         """Bytes of the density that chains are re-initialised from."""
         image = self.values["image"]
         roots = torch.empty(self.num_pixels, dtype=torch.uint8, device=image.device)
@@ -110,11 +110,12 @@ class CachedPixels:
             device = self.start.device
             index = torch.randint(self.num_pixels, (count,), generator=self.generator, device=device)
         else:
-            index = dens.draw(self.base, count, self.generator).index
+            index = dens.draw(self.base, count, self.generator).entry
         return self._at(index, torch.ones(count, device=index.device))
 
     def propose(self, count: int) -> Pool:
-        """Draw in proportion to the squared byte of the Sobel magnitude, over all images; uniformly if there is no edge."""
+        """Draw in proportion to the squared byte of the Sobel magnitude, over all images; uniformly if there is no
+        edge."""
         if self.edges.total == 0:
             return self.uniform(count)
         index, probability = dens.draw(self.edges, count, self.generator)
@@ -122,7 +123,7 @@ class CachedPixels:
             return self._at(index, probability * self.num_pixels)
         return self._at(index, probability / dens.probability(self.base, index))
 
-    def _at(self, index: Int64[Tensor, "n"], density: Float[Tensor, "n"]) -> Pool:
+    def _at(self, index: Int64[Tensor, " n"], density: Float[Tensor, " n"]) -> Pool:
         """Positions uniform within the given pixels."""
         slot = torch.searchsorted(self.ends, index, right=True)
         local, width = index - self.start[slot], self.width[slot]
@@ -141,7 +142,7 @@ class CachedPixels:
         first_pixel = torch.where(inside[:, None], pool.position, 0.0)
         return inside & (self.base.roots[self.index(pool._replace(position=first_pixel))] > 0)
 
-    def index(self, pool: Pool) -> Int64[Tensor, "n"]:
+    def index(self, pool: Pool) -> Int64[Tensor, " n"]:
         """Place of the chains' pixels in the row of all pixels."""
         slot = self.slot[pool.chart]
         row, column = pixel(pool).unbind(-1)
@@ -168,8 +169,8 @@ def _flatten(image_batch: dict, key: str) -> Tensor | None:
     channels = {v.shape[-1] for v in value}
     if len(channels) > 1:
         raise UserError(
-            f"the training images differ in their number of channels ({sorted(channels)} in '{key}'). Convert all of them to "
-            "RGB or all to RGBA."
+            f"the training images differ in their number of channels ({sorted(channels)} in '{key}'). Convert all of "
+            "them to RGB or all to RGBA."
         )
     flat = torch.cat([v.reshape(-1, v.shape[-1]) for v in value])
     sizes = [v.shape[0] * v.shape[1] for v in value]
