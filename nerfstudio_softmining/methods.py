@@ -102,7 +102,7 @@ def _lite(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfi
     config.steps_per_save = 500
     config.viewer.num_rays_per_chunk = 1 << 12
     assert isinstance(config.pipeline.datamanager, SoftMiningDataManagerConfig)
-    config.pipeline.datamanager.train_num_rays_per_batch = 1024
+    config.pipeline.datamanager.train_num_rays_per_batch = 512
     config.pipeline.datamanager.eval_num_rays_per_batch = 1024
     # a learning rate that falls within the few iterations makes the result depend less on the seed
     for group in ("proposal_networks", "fields"):

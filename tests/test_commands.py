@@ -6,15 +6,30 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from nerfstudio_softmining.demo.scene import write_scene
+from nerfstudio_softmining import compat
+from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view, write_scene
 
 METHOD = "softmining-nerfacto-lite-blender"
 STEPS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ffmpeg(tmp_path_factory) -> Iterator[None]:
+    """ns-render does not start without ffmpeg on the path."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 def command(*words: object, folder: Path, fails: bool = False) -> str:
@@ -100,6 +115,7 @@ def test_resuming_goes_on_bit_for_bit(config, runs, scene):
 
 
 def test_checkpoint_loads_safely_and_holds_no_lpips(config):
+    compat.allow_numpy_scalars_in_checkpoints()
     (path,) = (config.parent / "nerfstudio_models").glob("*.ckpt")
     state = torch.load(path, weights_only=True)["pipeline"]
     assert not [key for key in state if "lpips" in key]
@@ -204,11 +220,6 @@ def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
 
 def user_scene(folder: Path) -> None:
     """RGBA views of two sizes with masks, in nerfstudio's own format."""
-    import numpy as np
-    from PIL import Image
-
-    from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view
-
     frames = []
     for number, pose in enumerate(orbit(10)):
         size = 24 if number % 2 else 32

@@ -57,7 +57,7 @@ def test_uniform_error_has_unit_weights(error, count, alpha):
 @LAW
 @given(ALPHAS, st.integers(0, 99))
 def test_weight_is_the_inverse_density_to_the_power_of_alpha(alpha, seed):
-    density = torch.rand(50, generator=torch.Generator().manual_seed(seed)) * 5 + 1e-3
+    density = 10 ** (torch.rand(50, generator=torch.Generator().manual_seed(seed)) * 7 - 5.5)
     expected = torch.tensor([(1 / p) ** alpha for p in density.tolist()])
     torch.testing.assert_close(imp.soft_weights(density, alpha), expected)
 

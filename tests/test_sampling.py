@@ -239,6 +239,24 @@ def test_reinitialised_chains_follow_the_edges_with_the_density_they_say(case):
     torch.testing.assert_close(density, expected, atol=0, rtol=0.03 if "is_equirectangular" in case.settings else 1e-4)
 
 
+@EACH_CASE
+def test_a_chain_is_inside_where_it_is_on_a_kept_pixel_of_a_cached_image(case):
+    settings = dict(case.settings)
+    pixels = CachedPixels(case.batch(), NUM_IMAGES, use_mask=not settings.pop("ignore_mask", False), **settings)
+    chart = torch.randint(NUM_IMAGES, (2000,), generator=seeded())
+    position = torch.rand(2000, 2, generator=seeded(1)) * 20 - 2
+    position[:600] = position[:600].round()
+    position[600:603, 0], position[603:606, 1] = torch.tensor([NAN, INF, -INF]), torch.tensor([NAN, INF, -INF])
+    starts = dict(zip(CACHED, torch.tensor([0] + [h * w for h, w in case.sizes]).cumsum(0).tolist(), strict=False))
+    expected, kept = [], (case.uniform() > 0).tolist()
+    for i, (y, x) in zip(chart.tolist(), position.tolist(), strict=True):
+        height, width = case.sizes[CACHED.index(i)] if i in CACHED else (0, 0)
+        on_image = 0 <= y < height and 0 <= x < width
+        expected.append(on_image and kept[starts[i] + int(y) * width + int(x)])
+    inside = pixels.contains(Pool(chart, position, torch.ones(2000)))
+    assert inside.tolist() == expected and 0 < inside.sum() < 1500
+
+
 @pytest.mark.parametrize("value", [0.0, 0.3, 0.5, 1.0])
 def test_images_without_any_edge_propose_uniformly(value):
     case = Case()

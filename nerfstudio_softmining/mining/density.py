@@ -78,7 +78,7 @@ def draw(density: DiscreteDensity, count: int, generator: torch.Generator | None
 
     entry = block[:, None] * BLOCK + torch.arange(BLOCK, device=device)
     last = len(density.roots) - 1
-    squares = density.roots[entry.clamp_max(last)].to(torch.int32).square() * (entry <= last)
+    squares = density.roots[entry.clamp_max(last)].to(torch.int32).square()
     offset = (squares.cumsum(dim=1) <= (target - before)[:, None]).sum(dim=1, keepdim=True)
     return Draw(entry.gather(1, offset)[:, 0], squares.gather(1, offset)[:, 0] / density.total)
 

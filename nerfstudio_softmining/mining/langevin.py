@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -20,6 +20,7 @@ class Pool(NamedTuple):
     """Density p / u that a chain was drawn with, where it has not moved since; NaN where it follows Q."""
 
 
+@runtime_checkable
 class Domain(Protocol):
     """Where chains may be, and how new ones are drawn."""
 

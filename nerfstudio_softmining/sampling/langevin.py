@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -111,6 +112,8 @@ class LangevinPixelSampler(PixelSampler):
         gradient = langevin.grad_log_importance(
             feedback.coords.grad[:count], feedback.weighted_error.grad[:count], feedback.weighted_error.detach()[:count]
         )
+        if self.config.drift == 0:
+            gradient = torch.zeros_like(gradient)  # where there is no error the gradient is not finite
         chains = Pool(*(part[:count] for part in self.pool))
         side = self._pixels.side(chains)
         moved, _ = langevin.step(
@@ -123,8 +126,11 @@ class LangevinPixelSampler(PixelSampler):
             reinit_share=self.config.reinit_share,
             generator=self._generator,
         )
-        applied = torch.as_tensor(applied, device=device)
-        self.pool = _concatenate(langevin.select(applied, moved, chains), Pool(*(part[count:] for part in self.pool)))
+        if isinstance(applied, Tensor):
+            moved = langevin.select(applied.to(device), moved, chains)
+        elif not applied:
+            moved = chains
+        self.pool = _concatenate(moved, Pool(*(part[count:] for part in self.pool)))
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps: the pool and the source of its randomness."""
@@ -143,20 +149,36 @@ class LangevinPixelSampler(PixelSampler):
         if (share > 0 and uniform == 0) or (share < 1 and uniform == rays):
             raise UserError(
                 f"a batch of {rays} rays is too small for its strata: {FLAG}.uniform-share {share} makes {uniform} of "
-                "them uniform. Set --pipeline.datamanager.train-num-rays-per-batch to 16 or more."
+                "them uniform. Set --pipeline.datamanager.train-num-rays-per-batch to "
+                f"{math.floor(0.5 / min(share, 1 - share)) + 1} or more."
             )
         return uniform
 
     def _cache(self, image_batch: dict) -> CachedPixels:
         """The flat view of the cached images, made anew when nerfstudio has cached others."""
-        if image_batch is self._image_batch and self._pixels is not None:
-            return self._pixels
-        device = image_batch["image"][0].device
+        pixels = self._pixels
+        if pixels is None or image_batch is not self._image_batch:
+            pixels = self._view(image_batch)
+            if self.pool is not None:
+                self.pool = self._on(pixels, self.pool)
+        if self._saved is not None:
+            device = pixels.start.device
+            self.pool = self._on(pixels, Pool(**{name: part.to(device) for name, part in self._saved["pool"].items()}))
+            state = self._saved["generator"].cpu()
+            assert self._generator is not None
+            if len(state) == len(self._generator.get_state()):  # a checkpoint of another kind of device has another
+                self._generator.set_state(state)
+            self._saved = None
+        self._image_batch, self._pixels = image_batch, pixels
+        return pixels
+
+    def _view(self, image_batch: dict) -> CachedPixels:
+        """The flat view of an image batch."""
         if self._generator is None:
             # of its own, so that a model starts from the same weights whichever sampler feeds it
+            device = next((image.device for image in image_batch["image"]), "cpu")
             self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
-        self._image_batch = image_batch
-        self._pixels = pixels = CachedPixels(
+        return CachedPixels(
             image_batch,
             self.num_images or int(image_batch["image_idx"].max()) + 1,
             use_mask=not self.config.ignore_mask,
@@ -164,13 +186,10 @@ class LangevinPixelSampler(PixelSampler):
             is_equirectangular=bool(self.config.is_equirectangular),
             generator=self._generator,
         )
-        if self._saved is not None:
-            self.pool = Pool(**{name: part.to(device) for name, part in self._saved["pool"].items()})
-            self._generator.set_state(self._saved["generator"].cpu())
-            self._saved = None
-        elif self.pool is not None:
-            self.pool = langevin.select(pixels.contains(self.pool), self.pool, pixels.propose(len(self.pool.chart)))
-        return pixels
+
+    def _on(self, pixels: CachedPixels, pool: Pool) -> Pool:
+        """The pool, with chains on images that are not cached started anew."""
+        return langevin.select(pixels.contains(pool), pool, pixels.propose(len(pool.chart)))
 
     def _grown_pool(self, pixels: CachedPixels, count: int) -> Pool:
         """The first `count` chains, after the pool has grown to at least as many."""

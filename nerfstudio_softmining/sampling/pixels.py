@@ -162,7 +162,7 @@ def pixel(pool: Pool) -> Int64[Tensor, "n 2"]:
 def _flatten(image_batch: dict, key: str) -> Tensor | None:
     """The per-pixel data under a key as [pixels, channels], None for what is not per pixel."""
     value, images = image_batch[key], image_batch["image"]
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and isinstance(images, Tensor):
         return value.reshape(-1, value.shape[-1]) if value.dim() == 4 and value.shape[:3] == images.shape[:3] else None
     if not isinstance(value, list) or any(v.shape[:2] != i.shape[:2] for v, i in zip(value, images, strict=True)):
         return None
