@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.external import TCNN_EXISTS
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
@@ -54,6 +55,15 @@ def tell_if_tcnn_is_missing(chosen: str) -> None:
             "[yellow]tiny-cuda-nn is not installed: the torch implementation runs, about 4x slower on a GPU "
             "(`softmining doctor` tells how to install it).[/yellow]"
         )
+
+
+def allow_camera_export(dataset: InputDataset) -> None:
+    """Let `ns-export cameras` read cameras that have no metadata, which it refuses for nerfacto.
+
+    Can go when `collect_camera_poses_for_dataset` does without.
+    """
+    if dataset.cameras.metadata is None:
+        dataset.cameras.metadata = {}
 
 
 def loss_scale(scaler: GradScaler | None) -> Tensor | None:

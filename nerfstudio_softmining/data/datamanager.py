@@ -70,6 +70,12 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
                 "--data, and name another dataparser after all other flags if the scene has another format."
             ) from error
 
+    def setup_train(self) -> None:
+        """Set up what training needs."""
+        for dataset in (self.train_dataset, self.eval_dataset):
+            compat.allow_camera_export(dataset)
+        super().setup_train()
+
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
         if isinstance(sampler, LangevinPixelSampler):

@@ -12,6 +12,7 @@ def sobel(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
 
     The border is replicated, so that it is no edge by itself.
 
+    >>> import torch
     >>> step = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4)[..., None]
     >>> sobel(step)[0]
     tensor([0.0000, 0.7071, 0.7071, 0.0000])

@@ -150,7 +150,7 @@ class LangevinPixelSampler(PixelSampler):
             raise UserError(
                 f"a batch of {rays} rays is too small for its strata: {FLAG}.uniform-share {share} makes {uniform} of "
                 "them uniform. Set --pipeline.datamanager.train-num-rays-per-batch to "
-                f"{math.floor(0.5 / min(share, 1 - share)) + 1} or more."
+                f"{math.ceil(0.5 / min(share, 1 - share)) + 1} or more."
             )
         return uniform
 

@@ -1,0 +1,138 @@
+"""One training step as a whole: datamanager, model, backward pass, and the sampler that is told."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from nerfstudio.data.datamanagers.parallel_datamanager import ParallelDataManager
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+from torch.amp.grad_scaler import GradScaler
+
+from nerfstudio_softmining import methods
+from nerfstudio_softmining.demo.scene import write_scene
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.sampling.feedback import BATCH_KEY
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "scene"
+    write_scene(folder, num_train=4, num_eval=1, size=24)
+    return folder
+
+
+class Training:
+    """The steps of nerfstudio's trainer, with a gradient scaler that works on the CPU."""
+
+    def __init__(self, scene, loss_scale: float | None = None, **model) -> None:
+        torch.manual_seed(0)
+        config = deepcopy(methods.softmining_nerfacto_lite_blender.config).pipeline
+        config.datamanager.data = scene
+        config.datamanager.train_num_rays_per_batch = 64
+        config.model.log2_hashmap_size = 10
+        for name, value in model.items():
+            setattr(config.model, name, value)
+        if model.get("background_color") == "random":
+            config.datamanager.dataparser.alpha_color = None
+        self.pipeline: VanillaPipeline = config.setup(device="cpu")
+        self.scaler = GradScaler("cpu", enabled=loss_scale is not None, init_scale=loss_scale or 1.0)
+        self.optimizer = torch.optim.Adam(self.pipeline.model.parameters(), lr=1e-2, eps=1e-15)
+        self.callbacks = self.pipeline.get_training_callbacks(
+            TrainingCallbackAttributes(None, self.scaler, self.pipeline, None)
+        )
+        self.steps = 0
+
+    @property
+    def pool(self):
+        return self.pipeline.datamanager.train_pixel_sampler.pool
+
+    def step(self, spoil: float = 1.0, autocast: bool = False) -> None:
+        self.pipeline.train()
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", enabled=autocast):
+            _, losses, _ = self.pipeline.get_train_loss_dict(self.steps)
+            loss = sum(losses.values()) * spoil
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for callback in self.callbacks:
+            callback.run_callback_at_location(self.steps, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+        self.steps += 1
+
+
+def same(first, second) -> bool:
+    return all(torch.allclose(a, b, equal_nan=True, atol=1e-4) for a, b in zip(first, second, strict=True))
+
+
+def test_loss_scale_does_not_move_the_chains(scene):
+    plain, scaled = Training(scene), Training(scene, loss_scale=2.0**12)
+    for training in (plain, scaled):
+        torch.manual_seed(1)
+        training.step()
+    assert same(plain.pool, scaled.pool)
+
+
+def test_skipped_step_leaves_the_pool_and_the_next_one_moves_it(scene):
+    training = Training(scene, loss_scale=2.0**12)
+    training.step()
+    before = training.pool
+    training.step(spoil=float("inf"))
+    assert training.scaler.get_scale() < 2.0**12
+    assert same(before, training.pool)
+    training.step()
+    assert not same(before, training.pool)
+
+
+@pytest.mark.parametrize("background", ["white", "black", "random", "last_sample"])
+def test_trains_on_every_background(scene, background):
+    training = Training(scene, background_color=background)
+    for _ in range(3):
+        training.step()
+    assert training.pool.position.isfinite().all()
+
+
+def test_trains_in_mixed_precision(scene):
+    training = Training(scene, loss_scale=2.0**8)
+    for _ in range(3):
+        training.step(autocast=True)
+    assert training.pool.position.isfinite().all()
+
+
+def test_alpha_of_zero_is_the_models_own_loss(scene):
+    training = Training(scene, alpha=0.0)
+    training.pipeline.train()
+    outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
+    mining = training.pipeline.datamanager._mining_batch
+    truth = training.pipeline.datamanager.train_pixel_sampler._pixels
+    rows, columns = mining.indices[:, 1], mining.indices[:, 2]
+    slot = truth.slot[mining.indices[:, 0]]
+    colours = truth.values["image"][truth.start[slot] + rows * truth.width[slot] + columns]
+    torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], colours))
+
+
+def test_evaluation_loss_is_plain(scene):
+    training = Training(scene)
+    outputs, losses, _ = training.pipeline.get_eval_loss_dict(5000)
+    assert "rgb_loss" in losses and training.pipeline.model.rgb_loss.batch is None
+
+
+def test_a_datamanager_in_another_process_is_refused(scene):
+    training = Training(scene)
+    training.pipeline.datamanager.__class__ = ParallelDataManager
+    with pytest.raises(UserError, match="ParallelDataManager"):
+        training.pipeline.model.get_training_callbacks(
+            TrainingCallbackAttributes(None, training.scaler, training.pipeline, None)
+        )
+
+
+def test_a_batch_from_another_sampler_is_refused(scene):
+    training = Training(scene)
+    training.pipeline.train()
+    rays, batch = training.pipeline.datamanager.next_train(0)
+    del batch[BATCH_KEY]
+    outputs = training.pipeline.model(rays)
+    with pytest.raises(UserError, match="pixel sampler"):
+        training.pipeline.model.get_loss_dict(outputs, batch, {})
