@@ -169,11 +169,21 @@ def check_registered(kind: str) -> Row:
     return Row("\n".join(sorted(entry.name for entry in entries)))
 
 
+def check_open3d() -> Row:
+    """open3d, which ns-export imports and which needs libraries of the system."""
+    try:
+        importlib.import_module("open3d")
+    except Exception as error:
+        fix = "needed by ns-export; on Debian and Ubuntu: apt-get install libusb-1.0-0 libgl1 libgomp1 libx11-6"
+        return Row(f"does not load: {one_line(error)}", "note", fix)
+    return Row(importlib.metadata.version("open3d"))
+
+
 def check_ffmpeg() -> Row:
-    """ffmpeg, which reads and writes videos for nerfstudio."""
+    """ffmpeg, without which ns-render does not start."""
     if path := shutil.which("ffmpeg"):
         return Row(path)
-    fix = "needed to render and to read videos (ns-render, ns-process-data): conda install -c conda-forge ffmpeg"
+    fix = "needed by ns-render and ns-process-data: apt-get, brew or conda install ffmpeg"
     return Row("not on PATH", "note", fix)
 
 
@@ -187,6 +197,7 @@ CHECKS = [
     Check("tiny-cuda-nn", check_tcnn, required=False),
     Check("nerfacc CUDA kernels", check_nerfacc, required=False),
     Check("LPIPS", check_lpips, required=False),
+    Check("open3d", check_open3d, required=False),
     Check("ffmpeg", check_ffmpeg, required=False),
 ]
 
