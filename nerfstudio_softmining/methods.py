@@ -44,9 +44,9 @@ LLFF = {**EXACT_CAMERAS, "alpha": 0.8}
 """Forward-facing scenes, as in LLFF (section 4.2)."""
 LITE = {
     "eval_num_rays_per_chunk": 1 << 12,
-    "num_levels": 6,
+    "num_levels": 5,
     "features_per_level": 4,
-    "max_res": 1024,
+    "max_res": 256,
     "log2_hashmap_size": 16,
     "hidden_dim": 32,
     "hidden_dim_color": 32,
@@ -102,7 +102,7 @@ def _lite(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfi
     config.steps_per_save = 500
     config.viewer.num_rays_per_chunk = 1 << 12
     assert isinstance(config.pipeline.datamanager, SoftMiningDataManagerConfig)
-    config.pipeline.datamanager.train_num_rays_per_batch = 1024
+    config.pipeline.datamanager.train_num_rays_per_batch = 512
     config.pipeline.datamanager.eval_num_rays_per_batch = 1024
     # a learning rate that falls within the few iterations makes the result depend less on the seed
     for group in ("proposal_networks", "fields"):

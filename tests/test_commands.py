@@ -45,25 +45,21 @@ def command(*words: object, folder: Path, fails: bool = False) -> str:
     return output
 
 
-def train(folder: Path, scene: Path, name: str, steps: int, *flags: object, method: str = METHOD, **options) -> str:
+def train(
+    folder: Path,
+    scene: Path,
+    name: str,
+    steps: int,
+    *flags: object,
+    method: str = METHOD,
+    vis: str = "tensorboard",
+    **how,
+) -> str:
     """Train for some steps, with evaluations in between, and save at the end."""
-    dataparser = options.pop("dataparser", ())
-    return command(
-        *("ns-train", method, "--data", scene, "--output-dir", folder, "--experiment-name", name, "--timestamp", "run"),
-        *(
-            "--max-num-iterations",
-            steps,
-            "--vis",
-            "tensorboard",
-            "--steps-per-eval-batch",
-            4,
-            "--steps-per-eval-image",
-            5,
-        ),
-        *("--pipeline.datamanager.train-num-rays-per-batch", 256, *flags, *dataparser),
-        folder=folder,
-        **options,
-    )
+    place = ("--data", scene, "--output-dir", folder, "--experiment-name", name, "--timestamp", "run", "--vis", vis)
+    length = ("--max-num-iterations", steps, "--steps-per-eval-batch", 4, "--steps-per-eval-image", 5)
+    batch = ("--pipeline.datamanager.train-num-rays-per-batch", 256)
+    return command("ns-train", method, *place, *length, *batch, *flags, folder=folder, **how)
 
 
 def checkpoint(folder: Path, name: str, method: str = METHOD) -> dict:
@@ -212,10 +208,10 @@ def test_bad_data_is_named_without_a_traceback(runs, tmp_path, spoil):
 
 
 def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
-    """softmining-nerfacto on nerfstudio's own format: camera optimizer on, masks, RGBA and two image sizes."""
-    small = ("--pipeline.model.num-levels", 4, "--pipeline.model.log2-hashmap-size", 12)
+    """softmining-nerfacto with the viewer on nerfstudio's own format: camera optimizer, masks, RGBA, two image sizes."""
+    flags = ("--pipeline.model.log2-hashmap-size", 12, "--viewer.quit-on-train-completion", True)
     user_scene(tmp_path)
-    train(runs, tmp_path, "full", 3, *small, method="softmining-nerfacto")
+    train(runs, tmp_path, "full", 3, *flags, method="softmining-nerfacto", vis="viewer+tensorboard")
     pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"]["pool"]
     assert len(pool["chart"]) == 256 - 26
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,11 +29,12 @@ def scene(tmp_path_factory):
 class Training:
     """The steps of nerfstudio's trainer, with a gradient scaler that works on the CPU."""
 
-    def __init__(self, scene, loss_scale: float | None = None, **model) -> None:
+    def __init__(self, scene, loss_scale: float | None = None, scale: float = 1.0, **model) -> None:
         torch.manual_seed(0)
         config = deepcopy(methods.softmining_nerfacto_lite_blender.config).pipeline
         config.datamanager.data = scene
-        config.datamanager.train_num_rays_per_batch = 64
+        config.datamanager.camera_res_scale_factor = scale
+        config.datamanager.train_num_rays_per_batch = 64 if scale == 1.0 else 1024
         config.model.log2_hashmap_size = 10
         for name, value in model.items():
             setattr(config.model, name, value)
@@ -55,6 +58,7 @@ class Training:
         with torch.autocast("cpu", enabled=autocast):
             _, losses, _ = self.pipeline.get_train_loss_dict(self.steps)
             loss = sum(losses.values()) * spoil
+        self.last = self.pipeline.datamanager._mining_batch
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -136,3 +140,13 @@ def test_a_batch_from_another_sampler_is_refused(scene):
     outputs = training.pipeline.model(rays)
     with pytest.raises(UserError, match="pixel sampler"):
         training.pipeline.model.get_loss_dict(outputs, batch, {})
+
+
+@pytest.mark.skipif("SOFTMINING_DATA" not in os.environ, reason="SOFTMINING_DATA is not set: the folder of real scenes")
+def test_on_a_real_scene_the_pool_stands_where_the_error_is():
+    training = Training(Path(os.environ["SOFTMINING_DATA"]) / "nerf_synthetic" / "lego", scale=0.125)
+    for _ in range(60):
+        training.step()
+    mining = training.last
+    chains = mining.importance[: -mining.num_uniform]
+    assert chains.mean() > 1.5 * mining.importance[-mining.num_uniform :].mean()

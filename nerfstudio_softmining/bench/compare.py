@@ -1,9 +1,9 @@
 """Uniform sampling, uniform sampling with soft mining's weights, and soft mining, side by side.
 
-    python -m nerfstudio_softmining.bench.compare softmining-nerfacto-lite-blender --data SCENE --output DIR
+    python -m nerfstudio_softmining.bench.compare configs/lite_lego.yaml --data FOLDER --output DIR
 
 Trains each of them with several seeds through nerfstudio's trainer, run by run in turn, and prints the PSNR of held-out
-views at chosen iterations with its spread over the seeds, and the seconds of a training step. What is finished is in
+views at chosen iterations with its spread over the seeds, and the time of a training step. What is finished is in
 DIR/results.json and is not run again.
 """
 
@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import sys
 import time
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,20 +35,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nerfstudio_softmining import compat, methods
+from nerfstudio_softmining.errors import UserError
 
 
 @dataclass
 class Compare:
-    """Compare ways of choosing training pixels on one scene."""
+    """Compare ways of choosing training pixels on one scene; a file in configs/ gives what flags do not."""
 
-    method: Annotated[str, tyro.conf.Positional]
+    method: str
     """A method of this plugin, whose settings all runs share."""
-    data: Path
-    """Folder of the scene."""
-    output: Path
+    scene: str
+    """Folder of the scene, within --data."""
+    data: Path = Path(".")
+    """Folder that the scene's folder is in."""
+    output: Path = Path("outputs/compare")
     """Folder for results.json."""
-    variants: tuple[str, ...] = ("uniform", "uniform-weighted", "soft-mining")
-    """What to compare; each may be followed by settings of the sampler or the model, as in soft-mining,drift=0."""
+    variants: tuple[str, ...] = ("uniform", "soft-mining", "uniform-weighted")
+    """What to compare; each may be followed by settings of its own, as in soft-mining,drift=0."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     at: tuple[int, ...] = (250, 500, 1000)
@@ -56,20 +60,27 @@ class Compare:
     """Held-out views to render, by their number; all if empty."""
     image_scale: float = 1.0
     """Factor on the resolution of the images as they are on disk."""
-    set: tuple[str, ...] = field(default=())
+    set: tuple[str, ...] = ()
     """Settings of the model, the sampler or the datamanager for all variants, as name=value."""
+
+
+SHARED = ("method", "scene", "image_scale", "at", "views", "set")
+"""Settings that all runs in one results.json share."""
 
 
 def variant_config(compare: Compare, variant: str, seed: int) -> TrainerConfig:
     """The settings of one run."""
     name, *own = variant.split(",")
-    config = deepcopy(getattr(methods, compare.method.replace("-", "_")).config)
-    config.data = config.pipeline.datamanager.data = compare.data
-    config.pipeline.datamanager.camera_res_scale_factor = compare.image_scale
+    specification = getattr(methods, compare.method.replace("-", "_"), None)
+    if specification is None:
+        raise UserError(f"--method is {compare.method!r}, which this plugin does not have: see `softmining doctor`.")
+    config: TrainerConfig = deepcopy(specification.config)
+    pipeline: Any = config.pipeline
+    config.data = pipeline.datamanager.data = compare.data / compare.scene
+    pipeline.datamanager.camera_res_scale_factor = compare.image_scale
     config.output_dir, config.experiment_name, config.timestamp = compare.output / "runs", variant, str(seed)
     config.machine.seed = seed
     config.vis = "tensorboard"
-    pipeline = config.pipeline
     if name == "uniform":
         pipeline.model = _as(NerfactoModelConfig, pipeline.model)
         pipeline.datamanager = _as(VanillaDataManagerConfig, pipeline.datamanager, pixel_sampler=PixelSamplerConfig())
@@ -77,7 +88,7 @@ def variant_config(compare: Compare, variant: str, seed: int) -> TrainerConfig:
         pipeline.datamanager.pixel_sampler.uniform_share, pipeline.datamanager.pixel_sampler.reinit_share = 1.0, 0.0
         pipeline.model.weight_by = "importance"
     elif name != "soft-mining":
-        raise ValueError(f"--variants has {name!r}; known are uniform, uniform-weighted and soft-mining.")
+        raise UserError(f"--variants has {name!r}: known are uniform, uniform-weighted and soft-mining.")
     for setting in (*compare.set, *own):
         key, value = setting.split("=")
         owners = [
@@ -86,7 +97,7 @@ def variant_config(compare: Compare, variant: str, seed: int) -> TrainerConfig:
         for owner in owners:
             setattr(owner, key, yaml.safe_load(value))
         if not owners and setting in own:
-            raise ValueError(f"{variant}: neither the model nor the sampler has a setting {key!r}.")
+            raise UserError(f"--variants has {variant!r}: neither the model nor the sampler has a setting {key!r}.")
     return config
 
 
@@ -121,7 +132,7 @@ def run(compare: Compare, variant: str, seed: int, progress: Progress) -> list[d
             metrics = evaluate(trainer, compare.views)
             entries.append(
                 {
-                    "scene": compare.data.name,
+                    "scene": compare.scene,
                     "method": compare.method,
                     "sampler": variant,
                     "seed": seed,
@@ -153,7 +164,7 @@ def evaluate(trainer: Trainer, views: tuple[int, ...]) -> dict[str, float]:
 def table(compare: Compare, runs: list[dict]) -> Table:
     """Mean and standard deviation over the seeds."""
     out = Table(
-        title=f"{compare.data.name}, {compare.method}: held-out PSNR in dB, mean ± standard deviation over the seeds",
+        title=f"{compare.scene}, {compare.method}: held-out PSNR in dB, mean ± standard deviation over the seeds",
         box=box.MARKDOWN,
     )
     for heading in ("sampler", "seeds", *(f"{at} it." for at in compare.at), "median ms a step"):
@@ -177,23 +188,38 @@ def main(compare: Compare) -> None:
     compare.output.mkdir(parents=True, exist_ok=True)
     path = compare.output / "results.json"
     results: dict = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    settings = json.loads(json.dumps({name: getattr(compare, name) for name in SHARED}))
+    if results.setdefault("settings", settings) != settings:
+        raise UserError(
+            f"{path} holds runs with other settings ({results['settings']}). Name another --output, or the same "
+            f"settings."
+        )
     results["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     results["device"] = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     )
-    done = {(r["scene"], r["method"], r["sampler"], r["seed"]) for r in results["runs"]}
+    done = {(r["sampler"], r["seed"]) for r in results["runs"]}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     for seed in compare.seeds:
         for variant in compare.variants:
-            if (compare.data.name, compare.method, variant, seed) in done:
+            if (variant, seed) in done:
                 continue
             with Progress(*columns, console=CONSOLE) as progress:
                 results["runs"] += run(compare, variant, seed, progress)
             part = path.with_suffix(".part")
             part.write_text(json.dumps(results, indent=1))
             part.replace(path)
-    CONSOLE.print(table(compare, [r for r in results["runs"] if r["scene"] == compare.data.name]))
+    CONSOLE.print(table(compare, results["runs"]))
+
+
+def parse(arguments: list[str]) -> Compare:
+    """Read the command line: a file in configs/, then flags that override it."""
+    if not arguments or not Path(arguments[0]).is_file():
+        raise UserError("name a file in configs/ first, such as configs/lite_lego.yaml.")
+    settings = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    return tyro.cli(Compare, default=Compare(**values), args=arguments[1:])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Compare))
+    main(parse(sys.argv[1:]))
