@@ -208,7 +208,7 @@ def test_bad_data_is_named_without_a_traceback(runs, tmp_path, spoil):
 
 
 def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
-    """softmining-nerfacto with the viewer on nerfstudio's own format: camera optimizer, masks, RGBA, two image sizes."""
+    """softmining-nerfacto with the viewer, on nerfstudio's format: camera optimizer, masks, RGBA, two image sizes."""
     flags = ("--pipeline.model.log2-hashmap-size", 12, "--viewer.quit-on-train-completion", True)
     user_scene(tmp_path)
     train(runs, tmp_path, "full", 3, *flags, method="softmining-nerfacto", vis="viewer+tensorboard")

@@ -4,7 +4,7 @@
 
 Trains each of them with several seeds through nerfstudio's trainer, run by run in turn, and prints the PSNR of held-out
 views at chosen iterations with its spread over the seeds, and the time of a training step. What is finished is in
-DIR/results.json and is not run again.
+DIR/results.json and is not run again; DIR/convergence.png shows it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import tyro
 import yaml
+from matplotlib.figure import Figure
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
@@ -182,6 +183,20 @@ def table(compare: Compare, runs: list[dict]) -> Table:
     return out
 
 
+def plot(compare: Compare, runs: list[dict]) -> Figure:
+    """PSNR against iterations: the mean over the seeds, and each seed."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, variant in enumerate(dict.fromkeys(r["sampler"] for r in runs)):
+        mine = [r for r in runs if r["sampler"] == variant]
+        mean = [np.mean([r["psnr"] for r in mine if r["iteration"] == at]) for at in compare.at]
+        axes.plot(compare.at, mean, color=f"C{number}", label=variant)
+        axes.scatter([r["iteration"] for r in mine], [r["psnr"] for r in mine], color=f"C{number}", s=12, alpha=0.6)
+    axes.set(xlabel="iterations", ylabel="PSNR of held-out views (dB)", title=f"{compare.scene}, {compare.method}")
+    axes.legend()
+    return figure
+
+
 def main(compare: Compare) -> None:
     """Run what results.json does not have yet, then print the table."""
     compat.flush_denormals()
@@ -210,6 +225,8 @@ def main(compare: Compare) -> None:
             part.write_text(json.dumps(results, indent=1))
             part.replace(path)
     CONSOLE.print(table(compare, results["runs"]))
+    plot(compare, results["runs"]).savefig(compare.output / "convergence.png", dpi=150)
+    CONSOLE.print(f"{path} and convergence.png beside it have all of it.", soft_wrap=True)
 
 
 def parse(arguments: list[str]) -> Compare:
