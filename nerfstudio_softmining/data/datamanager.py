@@ -63,7 +63,7 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         try:
             super().__init__(config, *args, **kwargs)
         except (OSError, IndexError, AssertionError) as error:
-            if hasattr(self, "train_dataparser_outputs"):
+            if hasattr(self, "exclude_batch_keys_from_device"):  # set once both splits are parsed
                 raise
             raise UserError(
                 f"{type(self.dataparser).__name__} finds no scene with images at {self.config.data} ({error!r}). Check "
