@@ -9,6 +9,7 @@ DIR/results.json and is not run again; DIR/convergence.png shows it.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import platform
@@ -96,10 +97,18 @@ def variant_config(compare: Compare, variant: str, seed: int) -> TrainerConfig:
             o for o in (pipeline.model, pipeline.datamanager, pipeline.datamanager.pixel_sampler) if hasattr(o, key)
         ]
         for owner in owners:
-            setattr(owner, key, yaml.safe_load(value))
+            setattr(owner, key, _literal(value))
         if not owners and setting in own:
             raise UserError(f"--variants has {variant!r}: neither the model nor the sampler has a setting {key!r}.")
     return config
+
+
+def _literal(text: str) -> Any:
+    """A number, tuple or truth value as Python writes it, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _as(kind: type, config, **changes):
