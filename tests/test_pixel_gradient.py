@@ -8,7 +8,7 @@ from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.scene_box import SceneBox
 
-from nerfstudio_softmining.data.datamanager import SoftMiningDataManager
+from nerfstudio_softmining.data.datamanager import SoftMiningDataManager, _moving_with
 from nerfstudio_softmining.models.nerfacto import SoftMiningNerfactoModelConfig
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 
@@ -72,12 +72,16 @@ def datamanager_with(cameras: Cameras) -> SoftMiningDataManager:
     return datamanager
 
 
+def mining_batch(**filled) -> MiningBatch:
+    return MiningBatch(torch.zeros(RAYS, 3).long(), torch.ones(RAYS), torch.zeros(RAYS, 3, 2), 0, **filled)
+
+
 def forward(model, rays, truth, mining=None, seed=1):
     """Render and compute the losses, with the same jitter each time."""
     torch.manual_seed(seed)
     batch = {
         "image": truth,
-        BATCH_KEY: mining or MiningBatch(torch.zeros(len(truth), 3).long(), torch.ones(len(truth)), 0),
+        BATCH_KEY: mining or mining_batch(),
     }
     outputs = model(rays)
     return outputs, model.get_loss_dict(outputs, batch, model.get_metrics_dict(outputs, batch))
@@ -91,8 +95,9 @@ def indices_and_truth():
     return torch.cat((camera, row, column), dim=1), torch.rand(RAYS, 3, generator=generator)
 
 
-def rendered_error(model, cameras, indices, truth, offset):
+def rendered_error(model, cameras, indices, truth, slope, offset):
     rays = cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5 + offset)
+    truth = truth + slope @ offset
     return (forward(model, rays, truth)[0]["rgb"] - truth).square().mean(-1).detach().double()
 
 
@@ -103,16 +108,17 @@ def test_pixel_gradient_is_a_finite_difference_of_the_rendered_error(kind):
     model.field.direction_encoding.forward = lambda directions: torch.full((len(directions), 16), 0.3)
     indices, truth = indices_and_truth()
     rays, coords = datamanager_with(cameras)._differentiable_rays(indices)
-    mining = MiningBatch(indices, torch.ones(RAYS), 0, coords=coords)
-    _, losses = forward(model, rays, truth, mining)
+    mining = mining_batch(coords=coords)
+    slope = 0.001 * torch.randn(RAYS, 3, 2, generator=torch.Generator().manual_seed(3))  # of the photographs
+    _, losses = forward(model, rays, _moving_with(coords, truth, slope), mining)
     sum(losses.values()).backward()
     gradient = coords.grad / mining.weighted_error.grad[:, None]
 
     h = 1e-2  # pixels: the field is piecewise smooth, and single precision forbids much smaller steps
     difference = torch.stack(
         [
-            rendered_error(model, cameras, indices, truth, h * unit)
-            - rendered_error(model, cameras, indices, truth, -h * unit)
+            rendered_error(model, cameras, indices, truth, slope, h * unit)
+            - rendered_error(model, cameras, indices, truth, slope, -h * unit)
             for unit in torch.eye(2)
         ],
         dim=-1,

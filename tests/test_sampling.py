@@ -528,3 +528,25 @@ def test_the_global_randomness_is_not_consumed_and_seeds_the_sampler():
 def test_the_full_images_come_along_if_asked_for():
     batch = Case().batch()
     assert make_sampler(keep_full_image=True).sample(batch)["full_image"] is batch["image"]
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_image_gradient_is_that_of_the_bilinear_interpolation(channels):
+    """Against finite differences of torch's own lookup, at every pixel of every image, borders included."""
+    case = Case(sizes=SIZES, channels=channels)
+    batch = case.batch()
+    pixels = CachedPixels(batch, num_images=max(CACHED) + 1)
+    for number, image in zip(CACHED, make_images(SIZES, channels), strict=True):
+        height, width = image.shape[:2]
+        centres = torch.cartesian_prod(torch.arange(height), torch.arange(width)) + 0.5
+        count = len(centres)
+        gradient = pixels.image_gradient(Pool(torch.full((count,), number), centres, torch.ones(count)))
+
+        def lookup(place, image=image):
+            grid = (2 * place / torch.tensor(image.shape[:2]) - 1).flip(-1)[None, None]
+            options = {"align_corners": False, "padding_mode": "border"}
+            return torch.nn.functional.grid_sample(image.permute(2, 0, 1)[None], grid, **options)[0, :, 0].T
+
+        for axis, unit in enumerate(torch.eye(2)):
+            difference = (lookup(centres + 0.25 * unit) - lookup(centres - 0.25 * unit)) / 0.5
+            torch.testing.assert_close(gradient[..., axis], difference, atol=1e-4, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from copy import deepcopy
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Training:
     """The steps of nerfstudio's trainer, with a gradient scaler that works on the CPU."""
 
     def __init__(self, scene, loss_scale: float | None = None, scale: float = 1.0, **model) -> None:
+        random.seed(0)  # the order in which nerfstudio caches images
         torch.manual_seed(0)
         config = deepcopy(methods.softmining_nerfacto_lite_blender.config).pipeline
         config.datamanager.data = scene

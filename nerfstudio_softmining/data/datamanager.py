@@ -100,6 +100,7 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         mining = batch[BATCH_KEY]
         mining.step = step
         rays, mining.coords = self._differentiable_rays(batch["indices"])
+        batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
         self._mining_batch = mining
         return rays, batch
 
@@ -155,3 +156,10 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         self._random_state = state["random"]
         if isinstance(self.train_pixel_sampler, LangevinPixelSampler):
             self.train_pixel_sampler.load_state_dict(state["sampler"])
+
+
+def _moving_with(coords: Tensor, colours: Tensor, gradient: Tensor) -> Tensor:
+    """The same colours [rays, channels], with their own gradient [rays, channels, 2] with respect to the
+    coordinates."""
+    offset = (coords - coords.detach()).to(colours.device)
+    return colours + (gradient * offset[:, None]).sum(dim=-1)

@@ -20,6 +20,8 @@ class MiningBatch:
     """Image (as counted by the data set), row and column of each ray."""
     density: Float[Tensor, " rays"]
     """Density p / u that each ray was drawn with; NaN where it follows the importance."""
+    image_gradient: Float[Tensor, "rays channels 2"]
+    """Change of each ray's true colour along rows and columns, per pixel."""
     num_uniform: int
     """The last rays of the batch, this many, were drawn uniformly."""
     step: int = 0

@@ -89,7 +89,7 @@ class LangevinPixelSampler(PixelSampler):
         index = pixels.index(rays)
         batch: dict = {key: value[index] for key, value in pixels.values.items()}
         batch["indices"] = torch.cat((rays.chart[:, None], pixel(rays)), dim=-1)
-        batch[BATCH_KEY] = MiningBatch(batch["indices"], rays.density, num_uniform)
+        batch[BATCH_KEY] = MiningBatch(batch["indices"], rays.density, pixels.image_gradient(rays), num_uniform)
         if self.config.keep_full_image:
             batch["full_image"] = image_batch["image"]
         return batch

@@ -148,6 +148,21 @@ class CachedPixels:
         row, column = pixel(pool).unbind(-1)
         return self.start[slot] + row * self.width[slot] + column
 
+    def image_gradient(self, pool: Pool) -> Float[Tensor, "n c 2"]:
+        """Derivatives of the bilinearly interpolated images along rows and columns, per pixel, at the pixels' centres.
+
+        There the interpolation has a kink: the mean of the derivatives on both sides is taken, a central difference.
+        """
+        slot, image = self.slot[pool.chart], self.values["image"]
+        last = torch.stack((self.height[slot], self.width[slot]), dim=-1) - 1
+        centre = pixel(pool)
+        parts = []
+        for unit in torch.eye(2, dtype=torch.int64, device=centre.device):
+            ahead, behind = (centre + unit).minimum(last), (centre - unit).clamp_min(0)
+            there, here = (self.start[slot] + p[:, 0] * self.width[slot] + p[:, 1] for p in (ahead, behind))
+            parts.append((image[there] - image[here]) / 2)
+        return torch.stack(parts, dim=-1)
+
     def side(self, pool: Pool) -> Float[Tensor, "n 1"]:
         """Side of the chains' images in pixels: the geometric mean of height and width."""
         slot = self.slot[pool.chart]
