@@ -41,11 +41,17 @@ def device_type() -> Literal["cpu", "cuda", "mps"]:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def flush_denormals() -> None:
-    """Let the CPU round the tiniest numbers to zero. On a white background gradients become so small that a step takes
-    ten times as long without this. Call before the first parallel operation, as threads inherit it.
+def prepare_cpu() -> None:
+    """Make training on the CPU quick and repeatable. Call before the first parallel operation, as threads inherit it.
+
+    On a white background gradients become so small that a step takes ten times as long unless they are rounded to zero.
+    And torch adds up the gradient of a hash grid in whatever order its threads come unless told otherwise, so that a
+    resumed run would not equal an uninterrupted one.
     """
     torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # for debugging, and not free; the module makes the attribute itself, which pyright does not see
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def tell_if_tcnn_is_missing(chosen: str) -> None:

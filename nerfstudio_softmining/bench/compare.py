@@ -208,7 +208,8 @@ def plot(compare: Compare, runs: list[dict]) -> Figure:
 
 def main(compare: Compare) -> None:
     """Run what results.json does not have yet, then print the table."""
-    compat.flush_denormals()
+    if not torch.cuda.is_available():
+        compat.prepare_cpu()
     compare.output.mkdir(parents=True, exist_ok=True)
     path = compare.output / "results.json"
     results: dict = json.loads(path.read_text()) if path.exists() else {"runs": []}

@@ -50,18 +50,22 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
 
     Args:
         config: the settings.
+        device: where training runs.
         args, kwargs: as nerfstudio's pipelines give them.
     """
 
     config: SoftMiningDataManagerConfig
 
-    def __init__(self, config: SoftMiningDataManagerConfig, *args: Any, **kwargs: Any) -> None:
-        compat.flush_denormals()
+    def __init__(
+        self, config: SoftMiningDataManagerConfig, device: torch.device | str = "cpu", *args: Any, **kwargs: Any
+    ) -> None:
+        if torch.device(device).type == "cpu":
+            compat.prepare_cpu()
         self._mining_batch: MiningBatch | None = None
         self._loss_scale: Tensor | None = None
         self._random_state: dict | None = None
         try:
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, device, *args, **kwargs)
         except (OSError, IndexError, AssertionError) as error:
             if hasattr(self, "exclude_batch_keys_from_device"):  # set once both splits are parsed
                 raise
