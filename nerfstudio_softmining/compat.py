@@ -46,7 +46,7 @@ def prepare_cpu() -> None:
 
     On a white background gradients become so small that a step takes ten times as long unless they are rounded to zero.
     And torch adds up the gradient of a hash grid in whatever order its threads come unless told otherwise, so that a
-    resumed run would not equal an uninterrupted one.
+    resumed run would not equal an uninterrupted one. Can go when nerfstudio does so.
     """
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True, warn_only=True)

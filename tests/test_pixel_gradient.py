@@ -6,6 +6,7 @@ import pytest
 import torch
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
 
 from nerfstudio_softmining.data.datamanager import SoftMiningDataManager, _moving_with
@@ -72,6 +73,12 @@ def datamanager_with(cameras: Cameras) -> SoftMiningDataManager:
     return datamanager
 
 
+def ours_and_theirs(cameras: Cameras, indices: torch.Tensor) -> tuple[RayBundle, RayBundle]:
+    """Rays with a pixel gradient, and nerfstudio's own."""
+    theirs = cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5)
+    return datamanager_with(cameras)._differentiable_rays(indices)[0], theirs
+
+
 def mining_batch(**filled) -> MiningBatch:
     return MiningBatch(torch.zeros(RAYS, 3).long(), torch.ones(RAYS), torch.zeros(RAYS, 3, 2), 0, **filled)
 
@@ -131,10 +138,7 @@ def test_pixel_gradient_leaves_values_and_network_gradients_alone():
     indices, truth = indices_and_truth()
     cameras = make_cameras(**CAMERAS["perspective"])
     results = []
-    for rays in (
-        datamanager_with(cameras)._differentiable_rays(indices)[0],
-        cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5),
-    ):
+    for rays in ours_and_theirs(cameras, indices):
         model = make_model()
         outputs, losses = forward(model, rays, truth)
         sum(losses.values()).backward()
@@ -161,10 +165,7 @@ def test_camera_optimizer_gets_its_gradient_beside_the_pixels():
     indices, truth = indices_and_truth()
     cameras = make_cameras(**CAMERAS["perspective"])
     gradients = []
-    for rays in (
-        datamanager_with(cameras)._differentiable_rays(indices)[0],
-        cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5),
-    ):
+    for rays in ours_and_theirs(cameras, indices):
         model.zero_grad()
         _, losses = forward(model, rays, truth)
         sum(losses.values()).backward()

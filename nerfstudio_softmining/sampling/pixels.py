@@ -144,8 +144,10 @@ class CachedPixels:
 
     def index(self, pool: Pool) -> Int64[Tensor, " n"]:
         """Place of the chains' pixels in the row of all pixels."""
-        slot = self.slot[pool.chart]
-        row, column = pixel(pool).unbind(-1)
+        return self._index(self.slot[pool.chart], pixel(pool))
+
+    def _index(self, slot: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]) -> Int64[Tensor, " n"]:
+        row, column = pixels.unbind(-1)
         return self.start[slot] + row * self.width[slot] + column
 
     def image_gradient(self, pool: Pool) -> Float[Tensor, "n c 2"]:
@@ -158,9 +160,9 @@ class CachedPixels:
         centre = pixel(pool)
         parts = []
         for unit in torch.eye(2, dtype=torch.int64, device=centre.device):
-            ahead, behind = (centre + unit).minimum(last), (centre - unit).clamp_min(0)
-            there, here = (self.start[slot] + p[:, 0] * self.width[slot] + p[:, 1] for p in (ahead, behind))
-            parts.append((image[there] - image[here]) / 2)
+            ahead = image[self._index(slot, (centre + unit).minimum(last))]
+            behind = image[self._index(slot, (centre - unit).clamp_min(0))]
+            parts.append((ahead - behind) / 2)
         return torch.stack(parts, dim=-1)
 
     def side(self, pool: Pool) -> Float[Tensor, "n 1"]:
