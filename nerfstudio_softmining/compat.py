@@ -109,7 +109,7 @@ class Lpips:
         previous = socket.getdefaulttimeout()
         socket.setdefaulttimeout(10.0)  # a firewall may swallow the request
         try:
-            with torch.random.fork_rng():  # building draws weights, which must not move training
+            with fork_random_state():  # building draws weights
                 return LearnedPerceptualImagePatchSimilarity(**self._options)
         except (OSError, RuntimeError) as error:
             Lpips._told = True
@@ -159,3 +159,11 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
+
+
+@contextlib.contextmanager
+def fork_random_state() -> Iterator[None]:
+    """Within this, randomness is drawn from torch without moving what is drawn after it."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield

@@ -156,7 +156,7 @@ def test_the_last_checkpoints_pool_is_drawn(tmp_path: Path) -> None:
     folder = places.run / "nerfstudio_models"
     folder.mkdir(parents=True)
     pool = {"chart": torch.tensor([1, 1, 0]), "position": torch.rand(3, 2) * 8, "density": torch.ones(3)}
-    state = {"pipeline": {"datamanager._extra_state": {"sampler": {"pool": pool}}}}
+    state = {"pipeline": {"datamanager._extra_state": {"sampler": {"strategy": {"pool": pool}}}}}
     (folder / "step-000000499.ckpt").write_text("an older one")
     torch.save(state, folder / "step-000000999.ckpt")
     pool_image, position = demo.read_pool(places.checkpoint)

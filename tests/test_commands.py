@@ -183,9 +183,9 @@ def test_exports(config, runs, kind, flags, made):
     ("flags", "named"),
     [
         (("--pipeline.model.alpha", 1.5), ("alpha", "1.5")),
-        (("--pipeline.datamanager.pixel-sampler.uniform-share", -0.1), ("uniform-share", "-0.1")),
-        (("--pipeline.datamanager.pixel-sampler.reinit-share", 0.95), ("reinit-share", "0.95", "uniform-share")),
-        (("--pipeline.datamanager.pixel-sampler.noise", -1), ("noise", "-1")),
+        (("--pipeline.datamanager.pixel-sampler.langevin.uniform-share", -0.1), ("uniform-share", "-0.1")),
+        (("--pipeline.datamanager.pixel-sampler.multinomial.refresh", 0), ("multinomial.refresh", "0")),
+        (("--pipeline.datamanager.pixel-sampler.langevin.noise", -1), ("noise", "-1")),
         (("--pipeline.datamanager.train-num-rays-per-batch", 4), ("train-num-rays-per-batch", "4 rays")),
         (("--pipeline.datamanager.patch-size", 8), ("patch-size", "8")),
     ],
@@ -212,7 +212,9 @@ def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
     flags = ("--pipeline.model.log2-hashmap-size", 12, "--viewer.quit-on-train-completion", True)
     user_scene(tmp_path)
     train(runs, tmp_path, "full", 3, *flags, method="softmining-nerfacto", vis="viewer+tensorboard")
-    pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"]["pool"]
+    pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"][
+        "strategy"
+    ]["pool"]
     assert len(pool["chart"]) == 256 - 26
 
 

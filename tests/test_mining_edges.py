@@ -1,15 +1,16 @@
-"""Laws of the edge strength."""
+"""Laws of the edge strength and of the local contrast."""
 
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nerfstudio_softmining.mining.edges import sobel
+from nerfstudio_softmining.mining.edges import local_deviation, sobel
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 KERNEL = ((-1, 0, 1), (-2, 0, 2), (-1, 0, 1))
@@ -71,6 +72,49 @@ def test_edge_strength_is_proportional_to_contrast_and_ignores_brightness(image,
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 7), (64, 96), (211, 173)])
 def test_constant_images_have_no_edge_at_all(shape, channels):
-    """Exactly none, borders included: bytes are rounded up, so that the least rounding error would be an edge."""
+    """Exactly none, borders included: every positive weight is rounded to at least the smallest byte."""
     for colour in torch.rand(8, channels, generator=torch.Generator().manual_seed(0)):
         assert (sobel(colour.expand(*shape, channels)) == 0).all()
+
+
+def brute_force_deviation(image: torch.Tensor) -> torch.Tensor:
+    """Root of the mean over channels of the variance of nine values, those beyond the border being the nearest ones."""
+    height, width, channels = image.shape
+    values = image.tolist()
+    result = torch.zeros(height, width)
+    for row in range(height):
+        for column in range(width):
+            variances = []
+            for channel in range(channels):
+                near = [
+                    values[min(max(row + i, 0), height - 1)][min(max(column + j, 0), width - 1)][channel]
+                    for i in (-1, 0, 1)
+                    for j in (-1, 0, 1)
+                ]
+                variances.append(statistics.pvariance(near))
+            result[row, column] = math.sqrt(statistics.mean(variances))
+    return result
+
+
+@LAW
+@given(images())
+def test_local_deviation_is_that_of_the_nine_pixels_around(image):
+    deviation = local_deviation(image)
+    assert deviation.shape == image.shape[:2] and deviation.dtype == image.dtype
+    torch.testing.assert_close(deviation, brute_force_deviation(image), atol=1e-6, rtol=1e-4)
+    assert (deviation >= 0).all() and (deviation <= 0.5).all()
+
+
+@LAW
+@given(images(), st.integers(1, 3))
+def test_local_deviation_turns_and_mirrors_with_the_image(image, turns):
+    torch.testing.assert_close(local_deviation(image.rot90(turns)), local_deviation(image).rot90(turns))
+    torch.testing.assert_close(local_deviation(image.flip(0)), local_deviation(image).flip(0))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (5, 7), (64, 96), (211, 173)])
+def test_constant_images_have_no_contrast_at_all(shape, channels):
+    """Exactly none, as every positive weight is rounded to at least the smallest byte."""
+    for colour in torch.rand(8, channels, generator=torch.Generator().manual_seed(0)):
+        assert (local_deviation(colour.expand(*shape, channels)) == 0).all()

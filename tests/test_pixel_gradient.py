@@ -80,7 +80,7 @@ def ours_and_theirs(cameras: Cameras, indices: torch.Tensor) -> tuple[RayBundle,
 
 
 def mining_batch(**filled) -> MiningBatch:
-    return MiningBatch(torch.zeros(RAYS, 3).long(), torch.ones(RAYS), torch.zeros(RAYS, 3, 2), 0, **filled)
+    return MiningBatch(torch.zeros(RAYS, 3).long(), torch.ones(RAYS), num_uniform=0, **filled)
 
 
 def forward(model, rays, truth, mining=None, seed=1):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from nerfstudio.data.datamanagers.parallel_datamanager import ParallelDataManager
+from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch.amp.grad_scaler import GradScaler
@@ -18,6 +19,9 @@ from nerfstudio_softmining import methods
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY
+from nerfstudio_softmining.sampling.sampler import STRATEGIES
+
+KINDS = ("uniform", *STRATEGIES)
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +34,16 @@ def scene(tmp_path_factory):
 class Training:
     """The steps of nerfstudio's trainer, with a gradient scaler that works on the CPU."""
 
-    def __init__(self, scene, loss_scale: float | None = None, scale: float = 1.0, **model) -> None:
+    def __init__(
+        self, scene, loss_scale: float | None = None, scale: float = 1.0, kind: str = "langevin", **model
+    ) -> None:
         random.seed(0)  # the order in which nerfstudio caches images
         torch.manual_seed(0)
         config = deepcopy(methods.softmining_nerfacto_lite_blender.config).pipeline
         config.datamanager.data = scene
         config.datamanager.camera_res_scale_factor = scale
         config.datamanager.train_num_rays_per_batch = 64 if scale == 1.0 else 1024
+        config.datamanager.pixel_sampler.kind = kind
         config.model.log2_hashmap_size = 10
         for name, value in model.items():
             setattr(config.model, name, value)
@@ -52,7 +59,7 @@ class Training:
 
     @property
     def pool(self):
-        return self.pipeline.datamanager.train_pixel_sampler.pool
+        return self.pipeline.datamanager.train_pixel_sampler.strategy.pool
 
     def step(self, spoil: float = 1.0, autocast: bool = False) -> None:
         self.pipeline.train()
@@ -107,15 +114,61 @@ def test_trains_in_mixed_precision(scene):
     assert training.pool.position.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains(scene, kind):
+    training = Training(scene, kind=kind)
+    for _ in range(4):
+        training.step()
+    assert training.last.importance.isfinite().all() and (training.last.density > 0).any()
+    assert (training.last.coords is not None) == (kind == "langevin")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "uniform"])
+def test_rays_are_weighed_by_their_density_if_asked_for(scene, kind):
+    for reweighted in (False, True):
+        training = Training(scene, kind=kind, alpha_warmup=0)
+        sampler = training.pipeline.datamanager.train_pixel_sampler
+        sampler.config.of_kind(kind).reweighted = reweighted
+        training.step()
+        mining = training.last
+        known = ~mining.density.isnan()
+        weights = mining.density.pow(-0.6) if reweighted else torch.ones_like(mining.density)
+        torch.testing.assert_close(mining.weighted_error[known], (weights * mining.error)[known])
+
+
+def test_evaluating_all_pixels_gives_their_importance_and_leaves_the_training_as_it_is(scene):
+    training = Training(scene, kind="multinomial")
+    training.step()
+    sampler, model = training.pipeline.datamanager.train_pixel_sampler, training.pipeline.model
+    indices = training.last.indices
+    before, proposals = torch.get_rng_state(), model.get_extra_state()
+    importance = sampler.evaluate(indices)
+    assert torch.equal(torch.get_rng_state(), before) and model.get_extra_state() == proposals
+    outputs = model(training.pipeline.datamanager.train_ray_generator(indices))
+    expected = (outputs["rgb"] - sampler.at(indices)["image"]).abs().mean(dim=-1)
+    # samples along a ray are jittered
+    assert torch.corrcoef(torch.stack((importance, expected.detach())))[0, 1] > 0.9
+
+
+def test_uniform_sampling_is_nerfactos_own(scene):
+    """Batches and losses are those of nerfstudio's datamanager and nerfacto's loss."""
+    training = Training(scene, kind="uniform")
+    training.pipeline.train()
+    torch.manual_seed(3)
+    outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
+    torch.manual_seed(3)
+    cached = next(training.pipeline.datamanager.iter_train_image_dataloader)
+    batch = PixelSamplerConfig(num_rays_per_batch=64).setup().sample(cached)
+    assert torch.equal(batch["indices"], training.pipeline.datamanager._mining_batch.indices)
+    torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], batch["image"]))
+
+
 def test_alpha_of_zero_is_the_models_own_loss(scene):
     training = Training(scene, alpha=0.0)
     training.pipeline.train()
     outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
     mining = training.pipeline.datamanager._mining_batch
-    truth = training.pipeline.datamanager.train_pixel_sampler._pixels
-    rows, columns = mining.indices[:, 1], mining.indices[:, 2]
-    slot = truth.slot[mining.indices[:, 0]]
-    colours = truth.values["image"][truth.start[slot] + rows * truth.width[slot] + columns]
+    colours = training.pipeline.datamanager.train_pixel_sampler.at(mining.indices)["image"]
     torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], colours))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
-from nerfstudio_softmining.sampling.langevin import LangevinPixelSampler, LangevinPixelSamplerConfig
+from nerfstudio_softmining.sampling.sampler import MiningPixelSampler, MiningPixelSamplerConfig
 
 RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
 """Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect
@@ -33,7 +33,7 @@ class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
     """Keep the training images on the device. If False, each step waits for pixels from the CPU."""
     masks_on_gpu: bool = True
     """Keep the masks on the device, as the images."""
-    pixel_sampler: PixelSamplerConfig = field(default_factory=LangevinPixelSamplerConfig)
+    pixel_sampler: PixelSamplerConfig = field(default_factory=MiningPixelSamplerConfig)
     """How training pixels are chosen."""
 
     def __post_init__(self) -> None:
@@ -82,14 +82,15 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
 
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
-        if isinstance(sampler, LangevinPixelSampler):
+        if isinstance(sampler, MiningPixelSampler):
             sampler.num_images = len(dataset)
+            sampler.cameras = dataset.cameras.to(self.device)
         return sampler
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
         """Make the next training batch: rays, and the pixels they should show."""
         sampler = self.train_pixel_sampler
-        if not isinstance(sampler, LangevinPixelSampler):
+        if not isinstance(sampler, MiningPixelSampler):
             return super().next_train(step)
         sampler.training = self.training
         if not self.training:
@@ -103,8 +104,12 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         batch = sampler.sample(image_batch)
         mining = batch[BATCH_KEY]
         mining.step = step
-        rays, mining.coords = self._differentiable_rays(batch["indices"])
-        batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
+        if mining.image_gradient is None:
+            rays = self.train_ray_generator(batch["indices"])
+        else:
+            rays, mining.coords = self._differentiable_rays(batch["indices"])
+            batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
+        mining.origins, mining.directions = rays.origins, rays.directions
         self._mining_batch = mining
         return rays, batch
 
@@ -123,18 +128,31 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         rays.pixel_area = rays.pixel_area.detach()
         return rays, coords
 
+    def _rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
+        """Rays of given pixels [rays, 3], and what they should show."""
+        assert isinstance(self.train_pixel_sampler, MiningPixelSampler)
+        return self.train_ray_generator(indices), self.train_pixel_sampler.at(indices)
+
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
         """Tell the sampler after each step."""
         scaler = training_callback_attributes.grad_scaler
         self._loss_scale = compat.loss_scale(scaler)
-        sampler = self.train_pixel_sampler
+        sampler, pipeline = self.train_pixel_sampler, training_callback_attributes.pipeline
+        if isinstance(sampler, MiningPixelSampler) and pipeline is not None:
+            model: Any = pipeline.model  # a SoftMiningMixin, which the mixin itself makes sure of
+
+            def evaluate(indices: Tensor) -> Tensor:
+                parts = indices.split(model.config.eval_num_rays_per_chunk)
+                return torch.cat([model.importance(*self._rays_at(part)) for part in parts])
+
+            sampler.evaluate = evaluate
 
         def update_sampler(step: int) -> None:
             before, self._loss_scale = self._loss_scale, compat.loss_scale(scaler)
             mining, self._mining_batch = self._mining_batch, None
-            if mining is None or not isinstance(sampler, LangevinPixelSampler):
+            if mining is None or not isinstance(sampler, MiningPixelSampler):
                 return
             # the scaler lowers its scale when, and only when, it made the optimizers skip the step
             applied = True if before is None or self._loss_scale is None else self._loss_scale >= before
@@ -151,14 +169,14 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         """The sampler's state and the sources of randomness, which nerfstudio's checkpoints do not hold."""
         sampler = self.train_pixel_sampler
         return {
-            "sampler": sampler.state_dict() if isinstance(sampler, LangevinPixelSampler) else {},
+            "sampler": sampler.state_dict() if isinstance(sampler, MiningPixelSampler) else {},
             "random": compat.random_state(),
         }
 
     def set_extra_state(self, state: dict) -> None:
         """Go on from a checkpoint at the next training batch."""
         self._random_state = state["random"]
-        if isinstance(self.train_pixel_sampler, LangevinPixelSampler):
+        if isinstance(self.train_pixel_sampler, MiningPixelSampler):
             self.train_pixel_sampler.load_state_dict(state["sampler"])
 
 

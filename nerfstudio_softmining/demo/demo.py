@@ -276,7 +276,7 @@ def read_pool(checkpoint: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]
     import torch
 
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    pool = state["pipeline"]["datamanager._extra_state"]["sampler"]["pool"]
+    pool = state["pipeline"]["datamanager._extra_state"]["sampler"]["strategy"]["pool"]
     return pool["chart"].numpy(), pool["position"].numpy()
 
 

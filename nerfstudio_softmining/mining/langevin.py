@@ -10,7 +10,14 @@ from torch import Tensor
 
 
 class Pool(NamedTuple):
-    """Positions of the chains. A chain lives on one of several charts: images of a data set, say, or one square."""
+    """Positions of the chains. A chain lives on one of several charts: images of a data set, say, or one square.
+
+    Two chains in the unit square, whose places were drawn uniformly:
+
+    >>> pool = Pool(chart=torch.tensor([0, 0]), position=torch.rand(2, 2), density=torch.ones(2))
+    >>> pool.position.shape
+    torch.Size([2, 2])
+    """
 
     chart: Int64[Tensor, " n"]
     """The chart that each chain lives on."""
@@ -22,7 +29,17 @@ class Pool(NamedTuple):
 
 @runtime_checkable
 class Domain(Protocol):
-    """Where chains may be, and how new ones are drawn."""
+    """Where chains may be, and how new ones are drawn.
+
+    >>> class Cube:
+    ...     def contains(self, pool):
+    ...         return ((pool.position >= 0) & (pool.position <= 1)).all(dim=-1)
+    ...
+    ...     def propose(self, count):
+    ...         return Pool(torch.zeros(count, dtype=torch.int64), torch.rand(count, 3), torch.ones(count))
+    >>> isinstance(Cube(), Domain)
+    True
+    """
 
     def contains(self, pool: Pool) -> Bool[Tensor, " n"]:
         """Whether each chain is on its chart; false for positions that are not finite."""
@@ -60,6 +77,15 @@ def grad_log_importance(
 
     Returns:
         The gradient, per unit of the positions. Not finite where the error is zero.
+
+    The error e = x1 x2, so that log |e| has the gradient (1 / x1, 1 / x2):
+
+    >>> x = torch.tensor([[2.0, 4.0]], requires_grad=True)
+    >>> weighted_error = 0.3 * x.prod(dim=-1).square()
+    >>> weighted_error.retain_grad()
+    >>> (1024 * weighted_error.mean()).backward()
+    >>> grad_log_importance(x.grad, weighted_error.grad, weighted_error.detach())
+    tensor([[0.5000, 0.2500]])
     """
     return gradient / (2 * loss_gradient * weighted_error)[:, None]
 
@@ -100,6 +126,22 @@ def step(
         noise: b, in units of the positions: the standard deviation of one step.
         reinit_share: share of the chains, those of the lowest importance, that start anew.
         generator: source of randomness on the pool's device; torch's own if None.
+
+    The half line x > 0, with new chains at 5. Of three chains one moves, one leaves, and one has the lowest importance:
+
+    >>> class HalfLine:
+    ...     def contains(self, pool):
+    ...         return (pool.position > 0).all(dim=-1)
+    ...
+    ...     def propose(self, count):
+    ...         return Pool(torch.zeros(count, dtype=torch.int64), torch.full((count, 1), 5.0), torch.ones(count))
+    >>> pool = Pool(torch.zeros(3, dtype=torch.int64), torch.tensor([[1.0], [1.0], [1.0]]), torch.ones(3))
+    >>> gradient, importance = torch.tensor([[10.0], [-20.0], [10.0]]), torch.tensor([0.3, 0.3, 0.1])
+    >>> moved, info = step(pool, gradient, importance, HalfLine(), drift=0.1, noise=0.0, reinit_share=1 / 3)
+    >>> moved.position.flatten(), moved.density
+    (tensor([2., 5., 5.]), tensor([nan, 1., 1.]))
+    >>> info.left, info.low
+    (tensor([False,  True, False]), tensor([False, False,  True]))
     """
     eta = torch.empty_like(pool.position).normal_(generator=generator)
     moved = Pool(pool.chart, pool.position + drift * grad_log_q + noise * eta, torch.full_like(pool.density, torch.nan))
@@ -108,7 +150,13 @@ def step(
 
 
 def select(condition: Bool[Tensor, " n"] | Bool[Tensor, ""], chosen: Pool, other: Pool) -> Pool:
-    """Take each chain from `chosen` where the condition holds, else from `other`."""
+    """Take each chain from `chosen` where the condition holds, else from `other`.
+
+    >>> a = Pool(torch.tensor([0, 0]), torch.tensor([[0.1], [0.2]]), torch.ones(2))
+    >>> b = Pool(torch.tensor([1, 1]), torch.tensor([[0.3], [0.4]]), torch.ones(2))
+    >>> select(torch.tensor([True, False]), a, b).chart
+    tensor([0, 1])
+    """
     return Pool(
         torch.where(condition, chosen.chart, other.chart),
         torch.where(condition[..., None], chosen.position, other.position),

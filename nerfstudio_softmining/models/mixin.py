@@ -19,6 +19,9 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import importance as imp
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 
+SURFACE = 0.5
+"""Accumulated opacity from which a ray is taken to see a surface."""
+
 
 @dataclass
 class SoftMiningConfig:
@@ -59,17 +62,23 @@ class SoftMinedLoss(nn.Module):
         prediction, truth = prediction.float(), truth.float()
         batch = self.batch
         batch.importance = imp.l1_importance(prediction, truth)
-        uniform = batch.importance[len(batch.importance) - batch.num_uniform :]
-        reference = (uniform if batch.num_uniform else batch.importance).mean()
-        density = imp.relative_density(batch.importance, reference)
-        if self.config.weight_by == "density":
-            known = batch.density.to(density.device)
-            density = torch.where(known.isnan(), density, known)
-        weights = imp.soft_weights(density, imp.warmed_up(self.config.alpha, batch.step, self.config.alpha_warmup))
-        batch.weighted_error = weights * imp.squared_error(prediction, truth)
-        if batch.weighted_error.requires_grad:
+        batch.error = imp.squared_error(prediction, truth)
+        if batch.reweighted:
+            alpha = imp.warmed_up(self.config.alpha, batch.step, self.config.alpha_warmup)
+            batch.weighted_error = imp.soft_weights(self._density(batch, batch.importance), alpha) * batch.error
+        else:
+            batch.weighted_error = batch.error
+        if batch.coords is not None and batch.weighted_error.requires_grad:
             batch.weighted_error.retain_grad()
         return batch.weighted_error.mean()
+
+    def _density(self, batch: MiningBatch, importance: Tensor) -> Tensor:
+        """Density p / u of each ray; for those that follow Q it is their importance over the mean of uniform rays."""
+        known = batch.density.to(importance.device)
+        uniform = importance[len(importance) - batch.num_uniform :]
+        reference = (uniform if batch.num_uniform else importance).mean()
+        estimated = imp.relative_density(importance, reference)
+        return estimated if self.config.weight_by == "importance" else torch.where(known.isnan(), estimated, known)
 
 
 class SoftMiningMixin(Model):
@@ -102,11 +111,37 @@ class SoftMiningMixin(Model):
                 "the method's own --pipeline.datamanager and pixel sampler (a ParallelDataManager samples in another "
                 "process)."
             )
-        self.rgb_loss.batch = batch[BATCH_KEY] if self.training else None
+        mining = batch[BATCH_KEY] if self.training else None
+        if mining is not None and "depth" in outputs:
+            surface = outputs["accumulation"] > SURFACE
+            mining.depth = torch.where(surface, outputs["depth"], torch.nan).detach()[..., 0]
+        self.rgb_loss.batch = mining
         try:
             return super().get_loss_dict(outputs, batch, metrics_dict)
         finally:
             self.rgb_loss.batch = None
+
+    @torch.no_grad()
+    def importance(self, ray_bundle: RayBundle, batch: dict) -> Tensor:
+        """Q of each of some rays [rays], as training would see it; leaves the training as it is.
+
+        Args:
+            ray_bundle: the rays.
+            batch: what they should show, as a pixel sampler gives it.
+        """
+        state, was_training = self.get_extra_state(), self.training
+        count = len(batch["indices"])
+        mining = MiningBatch(batch["indices"], torch.ones(count), num_uniform=count, reweighted=False)
+        try:
+            self.train()
+            with compat.fork_random_state():
+                outputs = self(ray_bundle)
+                self.get_loss_dict(outputs, {**batch, BATCH_KEY: mining}, self.get_metrics_dict(outputs, batch))
+        finally:
+            self.train(was_training)
+            self.set_extra_state(state)
+        assert mining.importance is not None
+        return mining.importance
 
     def get_image_metrics_and_images(self, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The model's own metrics; LPIPS is left out where its weights are missing."""

@@ -20,16 +20,26 @@ class MiningBatch:
     """Image (as counted by the data set), row and column of each ray."""
     density: Float[Tensor, " rays"]
     """Density p / u that each ray was drawn with; NaN where it follows the importance."""
-    image_gradient: Float[Tensor, "rays channels 2"]
-    """Change of each ray's true colour along rows and columns, per pixel."""
     num_uniform: int
     """The last rays of the batch, this many, were drawn uniformly."""
+    reweighted: bool = True
+    """Whether rays are weighed by their density (eq. 9)."""
+    image_gradient: Float[Tensor, "rays channels 2"] | None = None
+    """Change of each ray's true colour along rows and columns, per pixel, if the sampler asks for a gradient."""
     step: int = 0
     """Training step; set by the datamanager."""
     coords: Float[Tensor, "rays 2"] | None = None
     """Row and column that the rays were made from, in pixels: the leaf whose gradient drives the chains; set by the
-    datamanager."""
+    datamanager if the sampler asks for a gradient."""
+    origins: Float[Tensor, "rays 3"] | None = None
+    """Where the rays start; set by the datamanager."""
+    directions: Float[Tensor, "rays 3"] | None = None
+    """Where the rays go, of unit length; set by the datamanager."""
+    depth: Float[Tensor, " rays"] | None = None
+    """How far along its ray the surface is; NaN where there is none; set by the model."""
     importance: Float[Tensor, " rays"] | None = None
     """Q of each ray; set by the model."""
+    error: Float[Tensor, " rays"] | None = None
+    """Squared error of each ray; set by the model."""
     weighted_error: Float[Tensor, " rays"] | None = None
-    """Weighted squared error of each ray, whose gradient is kept; set by the model."""
+    """Weighted squared error of each ray, whose gradient is kept if there are coords; set by the model."""

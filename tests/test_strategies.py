@@ -1,0 +1,828 @@
+"""Laws of every way of choosing pixels, each against a brute-force reference."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from dataclasses import fields, is_dataclass
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from sampling_cases import (
+    BATCH_KEY,
+    CASES,
+    EACH_CASE,
+    EACH_KIND,
+    EACH_MAP,
+    INF,
+    KINDS,
+    MAPPED,
+    NAN,
+    ONE_SIZE,
+    SIZES,
+    Case,
+    assert_true_colours,
+    feed,
+    follows,
+    make_config,
+    make_sampler,
+    other_cache,
+    q_of,
+    seeded,
+    through_a_file,
+    train,
+    wild,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.mining import density as dens
+from nerfstudio_softmining.mining.langevin import Pool
+from nerfstudio_softmining.sampling import error_map
+from nerfstudio_softmining.sampling.active import ROOM, SCALE
+from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler, MiningPixelSamplerConfig
+
+BYTE = math.log(2) * dens.OCTAVES / 254
+"""Logarithm of the factor from one byte to the next."""
+LARGE = Case(((32, 48), (40, 40), (64, 33)), masked=True, ids=(6, 1, 3))
+PLANE, FOCAL = 10.0, 20.0
+
+
+def make_cameras(num: int = 9, height: int = 10, width: int = 14) -> Cameras:
+    """Cameras in a row that look at a plane: a pixel of one is seen two columns further left by the next."""
+    pose = torch.eye(4)[:3].repeat(num, 1, 1)
+    pose[:, 0, 3] = 2 * PLANE / FOCAL * torch.arange(num)
+    return Cameras(pose, FOCAL, FOCAL, width / 2, height / 2, width, height)
+
+
+def prepared(kind: str, case: Case, rays: int = 64, seed: int = 0, **changes) -> MiningPixelSampler:
+    sampler = make_sampler(rays, kind=kind, seed=seed, **KINDS[kind] | case.settings | changes)
+    sampler.cameras = make_cameras()
+    return sampler
+
+
+def step(sampler: MiningPixelSampler, batch: dict, applied: Tensor | bool = True) -> dict:
+    """One step with an importance that depends on the pixel alone."""
+    rays = sampler.sample(batch)
+    sampler.update(feed(rays[BATCH_KEY], importance=q_of(rays["indices"])), applied)
+    return rays
+
+
+def trained(kind: str, case: Case, rays: int = 200, steps: int = 7, **changes) -> MiningPixelSampler:
+    sampler, batch = prepared(kind, case, rays, **changes), case.batch()
+    for _ in range(steps):
+        step(sampler, batch)
+    return sampler
+
+
+def claimed(sampler: MiningPixelSampler, case: Case, mixed: bool = False) -> Tensor:
+    """Probability that the map gives each pixel of the cache, in a row; mixed with the uniform share if asked for."""
+    strategy, pixels, kept = sampler.strategy, case.pixels(), case.uniform() > 0
+    assert strategy.map is not None
+    relative = torch.zeros(len(pixels)).double()
+    pool = Pool(pixels[kept][:, 0], pixels[kept][:, 1:] + 0.5, torch.ones(int(kept.sum())))
+    relative[kept] = strategy.map.density(pool).double()
+    share = getattr(strategy.config, "uniform_share", 0.0) if mixed else 0.0
+    return (share + (1 - share) * relative) * case.uniform()
+
+
+def assert_close(ours: Tensor, theirs: Tensor, steps: float) -> None:
+    """Two densities are the same but for some steps of a byte."""
+    assert torch.equal(ours > 0, theirs > 0)
+    difference = (ours[ours > 0] / theirs[ours > 0]).log()
+    assert difference.abs().max() < steps * BYTE
+
+
+def tensors(thing, seen: set | None = None) -> list[Tensor]:
+    """All tensors that something holds, images and masks apart."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return []
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        return [thing]
+    if isinstance(thing, dict):
+        parts = [part for key, part in thing.items() if key not in ("values", "_mask", "surroundings", "generator")]
+    elif isinstance(thing, list | tuple):
+        parts = list(thing)
+    else:
+        return tensors(thing.__dict__, seen) if hasattr(thing, "__dict__") else []
+    return [tensor for part in parts for tensor in tensors(part, seen)]
+
+
+def same_tensors(first: dict, second: dict) -> bool:
+    ours, theirs = tensors(first), tensors(second)
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def nonsense(mining, seed: int):
+    """Feedback that ranges from none to nonsense."""
+    values = torch.tensor([0.0, 1e-30, 0.1, 1.0, 1e9, INF, NAN])
+    count = len(mining.indices)
+    feed(mining, wild(count, seed), values[torch.randint(len(values), (count,), generator=seeded(seed))], seed)
+    mining.depth = values[torch.randint(len(values), (count,), generator=seeded(seed + 1))]
+    return mining
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_CASE
+def test_rays_stay_on_kept_pixels_and_show_their_colours_whatever_the_feedback(kind, case):
+    batch, sampler, kept = case.batch(), prepared(kind, case), case.uniform() > 0
+    for number in range(12):
+        rays = sampler.sample(batch)
+        assert len(rays["indices"]) == len(rays["image"]) == 64
+        assert kept[case.place(rays["indices"])].all()
+        assert_true_colours(case.batch(), rays)
+        density = rays[BATCH_KEY].density
+        assert (density > 0).logical_or(density.isnan() if kind == "langevin" else torch.tensor(False)).all()
+        assert density.isinf().sum() == 0
+        applied = number % 3 > 0
+        sampler.update(nonsense(rays[BATCH_KEY], number), torch.tensor(applied) if number % 2 else applied)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("applied", [False, torch.tensor(False)])
+def test_a_step_that_was_not_applied_teaches_nothing(kind, applied):
+    changes = dict(interval=3) if kind == "error-map" else dict(reduction=1) if kind == "quadtree" else {}
+    sampler, batch = trained(kind, Case(), rays=20, steps=4, **changes), Case().batch()
+    rays = sampler.sample(batch)
+    before = copy.deepcopy(sampler.strategy.state_dict())
+    sampler.update(feed(rays[BATCH_KEY], 1.0), applied)
+    assert same_tensors(before, sampler.strategy.state_dict())
+    if kind not in ("edge", "multinomial"):  # what these do does not depend on single rays
+        sampler.update(rays[BATCH_KEY], True)
+        assert not same_tensors(before, sampler.strategy.state_dict())
+
+
+@EACH_MAP
+@EACH_CASE
+def test_rays_follow_the_density_that_they_say(kind, case):
+    sampler = trained(kind, case)
+    density = claimed(sampler, case, mixed=True)
+    assert abs(density.sum() - 1) < 1e-4
+    assert (density - case.uniform()).abs().sum() > 0.1  # or this would be no test
+    rays, _ = sampler.strategy.draw(20_000)
+    indices = torch.cat((rays.chart[:, None], rays.position.long()), dim=-1)
+    assert follows(case, indices, density / density.sum())
+    place = case.place(indices)
+    torch.testing.assert_close(rays.density.double(), (density / case.uniform())[place], rtol=1e-4, atol=0)
+
+
+@EACH_CASE
+def test_multinomial_rays_follow_importance_exactly(case):
+    density = q_of(case.pixels()) * case.uniform()
+    torch.testing.assert_close(claimed(trained("multinomial", case, steps=1), case), density / density.sum())
+
+
+@pytest.mark.parametrize("name", ["list", "masked fisheye", "masked equirectangular list"])
+def test_multinomial_cells_have_the_importance_of_one_pixel_each(name):
+    case, asked = CASES[name], []
+    sampler = prepared("multinomial", case, side=3)
+    sampler.evaluate = lambda indices: (asked.append(indices), q_of(indices))[1]
+    sampler.sample(case.batch())
+    cells, kept = case.cells(3), case.uniform() > 0
+    place = case.place(asked[0])
+    assert kept[place].all() and sorted(cells[place].tolist()) == cells[kept].unique().tolist()
+    of_cell = torch.zeros(int(cells.max()) + 1).double()
+    of_cell[cells[place]] = q_of(asked[0]).double() * case.mass()[place]
+    density = of_cell[cells] * kept
+    torch.testing.assert_close(claimed(sampler, case), density / density.sum(), rtol=3e-4, atol=0)
+
+
+def test_multinomial_evaluates_all_kept_pixels_at_each_refresh_and_nothing_between():
+    case, asked = CASES["masked list"], []
+    sampler, batch = prepared("multinomial", case, refresh=4), case.batch()
+
+    def evaluate(indices: Tensor) -> Tensor:
+        asked.append((number, indices))
+        return q_of(indices) + number
+
+    sampler.evaluate = evaluate
+    for number in range(13):  # noqa: B007
+        step(sampler, batch)
+    assert [when for when, _ in asked] == [0, 4, 8, 12]
+    assert all(len(indices) == len(indices.unique(dim=0)) == (case.uniform() > 0).sum() for _, indices in asked)
+    density = (q_of(case.pixels()) + 12) * case.uniform()
+    torch.testing.assert_close(claimed(sampler, case), density / density.sum())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, NAN, INF])
+def test_multinomial_survives_importance_that_is_none_or_nonsense(value):
+    case = Case()
+    sampler = prepared("multinomial", case)
+    sampler.evaluate = lambda indices: torch.where(indices[:, 2] < 7, q_of(indices), value)
+    rays = sampler.sample(case.batch())
+    assert rays[BATCH_KEY].density.isfinite().all() and (rays[BATCH_KEY].density > 0).all()
+    if not math.isfinite(value):
+        density = q_of(case.pixels()) * (case.pixels()[:, 2] < 7)
+        torch.testing.assert_close(claimed(sampler, case), (density / density.sum()).double())
+    sampler = prepared("multinomial", case)
+    sampler.evaluate = lambda indices: torch.full((len(indices),), value)
+    assert (sampler.sample(case.batch())[BATCH_KEY].density == 1).all()
+
+
+def edge_law(case: Case, shift: int) -> Tensor:
+    """How likely each pixel is to be an edge pixel shifted at random, up to a factor."""
+    laws = []
+    for image in case.shown():
+        grey = (image[..., :3].mean(dim=-1) * 255).round().to(torch.uint8).numpy()
+        edges = cv2.Canny(grey, 100, 200) > 0
+        if image.shape[-1] == 4:
+            edges |= cv2.Canny((image[..., 3] * 255).round().to(torch.uint8).numpy(), 100, 200) > 0
+        law = torch.zeros(image.shape[:2]).double()
+        shifts = range(-shift, shift + 1)
+        for row, column in zip(*edges.nonzero(), strict=True):
+            for down in shifts:
+                for right in shifts:
+                    if 0 <= row + down < law.shape[0] and 0 <= column + right < law.shape[1]:
+                        law[row + down, column + right] += 1
+        laws.append(law.flatten() / len(shifts) ** 2)
+    return torch.cat(laws)
+
+
+@pytest.mark.parametrize(("side", "shift"), [(1, 2), (2, 2), (2, 0), (3, 1)])
+@EACH_CASE
+def test_edge_rays_follow_shifted_canny_edges(case, side, shift):
+    sampler = trained("edge", case, steps=1, cell_side=side, shift=shift)
+    assert_close(claimed(sampler, case), case.evened(edge_law(case, shift), side), 0.1)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("reweighted", [False, True])
+def test_rays_are_weighed_by_their_density_if_the_settings_say_so(kind, reweighted):
+    assert prepared(kind, Case(), reweighted=reweighted).sample(Case().batch())[BATCH_KEY].reweighted == reweighted
+
+
+def test_the_uniform_share_is_that_of_the_settings():
+    for share, number in ((0.0, 0), (0.25, 16), (1.0, 64)):
+        for kind in ("edge", "multinomial", "langevin"):
+            mining = trained(kind, Case(), 64, 1, uniform_share=share).sample(Case().batch())[BATCH_KEY]
+            assert mining.num_uniform == number
+            bound = 1 / share if share else INF
+            assert not (mining.density > bound + 1e-3).any()
+
+
+def error_map_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Density of the pixels after (indices, error over density) of an interval, by loops."""
+    rows, columns = (min(side, *lengths) for lengths in zip(*case.sizes, strict=True))
+    size = dict(zip(case.ids, case.sizes, strict=True))
+    error = {i: np.full((rows, columns), 1e-38) for i in case.ids}
+    for indices, values in told:
+        for (i, row, column), value in zip(indices.tolist(), values.tolist(), strict=True):
+            if math.isfinite(value):
+                place = (row + 0.5) / size[i][0] * rows - 0.5, (column + 0.5) / size[i][1] * columns - 0.5
+                place = [min(max(x, 0), count - 1) for x, count in zip(place, (rows, columns), strict=True)]
+                for r in range(rows):
+                    for c in range(columns):
+                        error[i][r, c] += max(0, 1 - abs(place[0] - r)) * max(0, 1 - abs(place[1] - c)) * value
+    everything, kept, cells = sum(map(np.sum, error.values())), (case.uniform() > 0).tolist(), []
+    chances: dict[tuple, float] = {}
+    for i, row, column in case.pixels().tolist():
+        r, c = row * rows // size[i][0], column * columns // size[i][1]
+        of_chart = 0.9 * error[i].sum() / everything + 0.1 / len(error)
+        of_row = 0.99 * error[i][r].sum() / error[i].sum() + 0.01 / rows
+        chances[i, r, c] = of_chart * of_row * (0.99 * error[i][r, c] / error[i][r].sum() + 0.01 / columns)
+        cells.append((i, r, c))
+    count = {cell: 0 for cell in chances}
+    for cell, keep in zip(cells, kept, strict=True):
+        count[cell] += keep
+    law = torch.tensor([chances[cell] / count[cell] if keep else 0.0 for cell, keep in zip(cells, kept, strict=True)])
+    return law.double() / law.double().sum()
+
+
+@pytest.mark.parametrize("name", ["one size", "single", "list", "masked list", "masked fisheye", "equirectangular"])
+def test_error_maps_hold_the_error_of_the_last_interval(name):
+    case = CASES[name]
+    sampler, batch, told, lengths = prepared("error-map", case, 30, interval=3), case.batch(), [], []
+    for number in range(3 + 4 + 6):
+        rays = sampler.sample(batch)
+        mining, before = rays[BATCH_KEY], sampler.strategy.map
+        assert (before is None) == (number < 3) and ((mining.density == 1).all() or number >= 3)
+        feed(mining, importance=q_of(rays["indices"]))
+        mining.error[number] = (NAN, INF)[number % 2]
+        sampler.update(mining, number % 3 > 0)
+        if number % 3 > 0:
+            told.append((mining.indices, mining.error.double() / mining.density))
+        if sampler.strategy.map is not before:
+            lengths.append(number + 1 - sum(lengths))
+            side = int((lengths[-1] * 30 / len(case.ids)) ** 0.25 * 3.5)
+            torch.testing.assert_close(claimed(sampler, case), error_map_law(case, side, told), rtol=1e-3, atol=1e-9)
+            told = []
+    assert lengths == [3, 4, 6]
+
+
+def test_error_map_cells_are_small_where_all_their_pixels_are_looked_at():
+    """So that memory is bounded where there are masks."""
+    batch = {"image": torch.zeros(1, 20, 900, 3), "image_idx": torch.tensor([0]), "mask": torch.ones(1, 20, 900, 1)}
+    sampler = prepared("error-map", Case(), 4, interval=1)
+    step(sampler, batch)
+    assert sampler.strategy.map.grid.side <= error_map.LARGEST_CELL
+    del batch["mask"]
+    sampler = prepared("error-map", Case(), 4, interval=1)
+    step(sampler, batch)
+    assert sampler.strategy.map.grid.side > error_map.LARGEST_CELL
+
+
+FOREST = Case(((64, 64), (32, 96), (80, 40)), ids=(2, 0, 1))
+
+
+def leaf(case: Case, depth: Tensor) -> list[tuple]:
+    """The leaf of each pixel: image, depth, row and column."""
+    size = dict(zip(case.ids, case.sizes, strict=True))
+    return [
+        (i, d, row * 2**d // size[i][0], column * 2**d // size[i][1])
+        for (i, row, column), d in zip(case.pixels().tolist(), depth.tolist(), strict=True)
+    ]
+
+
+def rates(case: Case, depth: Tensor, settled: float) -> Tensor:
+    """Density of each pixel of trees of the given depths, up to a factor, where there is no contrast."""
+    parts = []
+    for part, (height, width) in zip(case.per_slot(depth), case.sizes, strict=True):
+        rate = (settled / (height * width / 4.0**part)).clamp_max(1)
+        parts.append(torch.where(part == part.max(), 1.0, rate).flatten())
+    return torch.cat(parts).double()
+
+
+def importance_of_corner(indices: Tensor) -> Tensor:
+    """High in the top left of image 2 and in the bottom right of image 0, low elsewhere."""
+    image, row, column = indices.unbind(-1)
+    high = (image == 2) & (row < 24) & (column < 40) | (image == 0) & (row > 10) & (column > 50)
+    return torch.where(high, 0.5, 0.01)
+
+
+def test_quadtrees_divide_leaves_of_high_error_and_draw_the_others_rarely():
+    options = dict(initial_depth=1, reduction=8, threshold=0.1, settled_rays=2.0, contrast_share=0.0)
+    sampler, batch = prepared("quadtree", FOREST, 500, **options), FOREST.batch()
+    depth = torch.ones(len(FOREST.pixels())).long()
+    deepest = torch.cat([torch.full((h * w,), int(math.log2(min(h, w) // 8))) for h, w in FOREST.sizes])
+    sums: dict[tuple, list[float]] = {}
+    rays_of_epoch, epochs = 0, 0
+    for number in range(12):
+        rays = sampler.sample(batch)
+        importance = importance_of_corner(rays["indices"])
+        if number >= 3:  # what has settled by then stays so
+            importance[:] = 0.5
+        importance[:3] = NAN
+        applied = number % 4 > 0
+        sampler.update(feed(rays[BATCH_KEY], importance=importance), applied)
+        leaves, place = leaf(FOREST, depth), FOREST.place(rays["indices"]).tolist()
+        for number_of_ray, p in enumerate(place):
+            if number_of_ray >= 3 and applied:
+                sums.setdefault(leaves[p], []).append(importance[number_of_ray].item())
+        rays_of_epoch += 500
+        if rays_of_epoch >= len(depth) / 8:
+            level = torch.cat([part.max().expand(part.numel()) for part in FOREST.per_slot(depth)])
+            divide = [sum(sums.get(key, [0])) / len(sums.get(key, [0])) > 0.1 for key in leaves]
+            depth = depth + (torch.tensor(divide) & (depth == level) & (depth < deepest))
+            sums, rays_of_epoch, epochs = {}, 0, epochs + 1
+        law = rates(FOREST, depth, 2.0 * 8)
+        assert_close(claimed(sampler, FOREST), law / law.sum(), 1.01)
+    assert epochs >= 3 and set(depth.tolist()) == {1, 2, 3}
+
+
+def deviation(image: Tensor) -> Tensor:
+    """Standard deviation of the colours in the 3 x 3 pixels around each, by loops."""
+    padded = np.pad(image.double().numpy(), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    result = torch.empty(image.shape[:2]).double()
+    for row, column in np.ndindex(*image.shape[:2]):
+        around = padded[row : row + 3, column : column + 3].reshape(9, -1)
+        result[row, column] = math.sqrt(around.var(axis=0).mean())
+    return result
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_within_a_leaf_quadtree_rays_follow_contrast(share):
+    case = Case(((32, 32), (16, 48)), ids=(2, 0), masked=True)
+    sampler = prepared("quadtree", case, initial_depth=1, contrast_share=share)
+    sampler.sample(case.batch())
+    kept, cells = (case.uniform() > 0).double(), case.cells(2)
+    contrast = torch.cat([deviation(image).flatten() for image in case.shown()]) * kept
+
+    def mean_of(groups: Tensor, values: Tensor) -> Tensor:
+        sums, count = (torch.zeros(int(groups.max()) + 1).double().index_add_(0, groups, v) for v in (values, kept))
+        return (sums / count)[groups]
+
+    numbers = {key: n for n, key in enumerate(dict.fromkeys(leaf(case, torch.ones(len(kept)).long())))}
+    leaves = torch.tensor([numbers[key] for key in leaf(case, torch.ones(len(kept)).long())])
+    law = ((1 - share) + share * mean_of(cells, contrast) / mean_of(leaves, contrast)) * kept
+    law = torch.where(kept > 0, law, 0.0)
+    assert_close(claimed(sampler, case), law / law.sum(), 1.3)
+
+
+def one_pixel_each(case: Case) -> Tensor:
+    """For each pixel, one that is the same for all pixels of its cell of 2 x 2."""
+    cells = case.cells(2)
+    last = torch.zeros(int(cells.max()) + 1).long()
+    last[cells] = torch.arange(len(cells))
+    return case.pixels()[last[cells]]
+
+
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    [(Case(((16, 16),) * 3, ids=(2, 0, 1)), 1.4), (Case(((15, 17), (16, 9)), masked=True, ids=(2, 4)), 1.7)],
+    ids=["whole cells", "cut cells"],
+)
+@pytest.mark.parametrize("staleness", [0.0, 1.0, 2.5])
+def test_active_rays_follow_error_and_staleness_however_often_weights_are_raised(case, steps, staleness):
+    sampler, batch = prepared("active", case, 20, spread=0, staleness=staleness), case.batch()
+    cells, cell_mates, now, raised = case.cells(2), one_pixel_each(case), 0, 0
+    mass = torch.zeros(int(cells.max()) + 1).double().index_add_(0, cells, case.mass())
+    num_cells = len(mass)
+    error, last = torch.full((num_cells,), NAN).double(), torch.zeros(num_cells)
+    for number in range(100):
+        rays = sampler.sample(batch)
+        place = case.place(rays["indices"])
+        importance, visited = q_of(cell_mates[place]) * (1 + 0.5 * math.sin(number)), cells[place]
+        assert (mass[visited] > 0).all()
+        if number == 0:
+            assert (rays[BATCH_KEY].density == 1).all()
+            error[:] = importance.mean()
+        error[visited], last[visited] = importance.double(), now
+        before = sampler.strategy._sunk
+        sampler.update(feed(rays[BATCH_KEY], importance=importance))
+        now, raised = now + 20, raised + (sampler.strategy._sunk < before)
+        law = (error * (staleness * (now - last) / num_cells).exp())[cells] * case.mass()
+        assert_close(claimed(sampler, case), law / law.sum(), steps)
+    assert raised >= 2 or staleness == 0
+
+
+def test_raising_all_weights_does_not_change_the_density():
+    case = Case(((16, 16),) * 3, ids=(2, 0, 1))
+    sampler, batch = trained("active", case, 20, 5), case.batch()
+    before, codes = claimed(sampler, case), sampler.strategy.map.table.codes.clone()
+    sampler.strategy._sunk = ROOM - 1e-6
+    sampler.update(feed(sampler.sample(batch)[BATCH_KEY], importance=torch.full((20,), NAN)))
+    assert torch.equal(sampler.strategy.map.table.codes, codes + ROOM)
+    torch.testing.assert_close(claimed(sampler, case), before, rtol=1e-3, atol=0)
+
+
+def views_of(case: Case, cells: Tensor, image: int, row: int, column: int) -> set[int]:
+    """Cells that see the point of the plane that a pixel sees."""
+    width, kept, seeing = case.sizes[0][1], case.uniform() > 0, set()
+    for other in case.ids:
+        there = column + 2 * (image - other)
+        if 0 <= there < width:
+            place = case.place(torch.tensor([[other, row, there]]))
+            seeing |= {cells[place].item()} if kept[place] else set()
+    return seeing
+
+
+@pytest.mark.parametrize("name", ["one size", "mask", "fisheye"])
+@pytest.mark.parametrize("spread", [0, 1, 80])
+def test_active_carries_the_loss_of_a_ray_to_the_cells_of_other_views_that_see_its_surface(name, spread):
+    case = CASES[name]
+    sampler, batch = prepared("active", case, 30, spread=spread), case.batch()
+    rays = sampler.sample(batch)
+    mining = feed(rays[BATCH_KEY], importance=torch.full((30,), NAN))
+    cells = case.cells(2)
+    own = cells[case.place(mining.indices)].tolist()
+    seeing = [views_of(case, cells, *place) for place in mining.indices.tolist()]
+    ray = max((n for n in range(30) if own.count(own[n]) == 1), key=lambda n: len(seeing[n]))
+    mining.importance[ray] = 0.3
+    bundle = make_cameras().generate_rays(mining.indices[:, :1], coords=mining.indices[:, 1:] + 0.5)
+    mining.origins, mining.directions = bundle.origins, bundle.directions
+    mining.depth = -PLANE / bundle.directions[:, 2]
+    sampler.update(mining)
+
+    guess, carried = dens.encode(torch.tensor((29 + 0.3) / 30 * SCALE)), dens.encode(torch.tensor(0.3 * SCALE))
+    views = seeing[ray] - {*own} | {own[ray]}  # other rays' cells keep what these have said
+    error = sampler.strategy.error
+    changed = set((error != guess).nonzero()[:, 0].tolist())
+    assert (error[list(changed)] == carried).all() and own[ray] in changed and changed <= views
+    assert len(views) > 2 and {0: len(changed) == 1, 1: len(changed) <= 2, 80: changed == views}[spread]
+    # nothing was stale yet, so that weights are errors times masses
+    law = torch.tensor([0.3 if cell in changed else (29 + 0.3) / 30 for cell in cells.tolist()]) * case.uniform()
+    assert_close(claimed(sampler, case), law / law.sum(), 1.7)
+
+
+def test_what_is_carried_over_leaves_cells_as_stale_as_they_are():
+    case = Case(((16, 16),) * 3, ids=(2, 0, 1))
+    sampler, batch = trained("active", case, 20, 8, spread=0, staleness=3.0), case.batch()
+    strategy, mining = sampler.strategy, feed(sampler.sample(batch)[BATCH_KEY])
+    sampler.config.active.spread, strategy._spreads = 50, True
+    strategy.surroundings.cameras = make_cameras(3, 16, 16)
+    bundle = strategy.surroundings.cameras.generate_rays(mining.indices[:, :1], coords=mining.indices[:, 1:] + 0.5)
+    mining.origins, mining.directions = bundle.origins, bundle.directions
+    mining.depth = -PLANE / bundle.directions[:, 2]
+    staleness = strategy.map.table.codes.int() - strategy.error.int()
+    sampler.update(mining)
+    visited = strategy.grid.cell_of(strategy.pixels.slot[mining.indices[:, 0]], mining.indices[:, 1:])
+    others = torch.ones(len(staleness)).bool().index_fill_(0, visited, False)
+    after = strategy.map.table.codes.int() - strategy.error.int()
+    assert torch.equal(after[others], staleness[others]) and staleness.max() > staleness.min()
+    assert (after[visited] == after[visited].min()).all() and (after[visited] < staleness[visited]).all()
+
+
+@EACH_MAP
+def test_where_nothing_stands_out_rays_are_nearly_uniform(kind):
+    case = Case(((70, 70),) * 2, ids=(0, 1))
+    batch = case.batch() | {"image": torch.full((2, 70, 70, 3), 0.3)}
+    changes = {"error-map": dict(interval=20), "active": dict(staleness=0.0)}.get(kind, {})
+    sampler = prepared(kind, case, 1000, **changes)
+    sampler.evaluate = lambda indices: torch.full((len(indices),), 0.5)
+    for _ in range(22):
+        rays = sampler.sample(batch)
+        sampler.update(feed(rays[BATCH_KEY], importance=torch.full((1000,), 0.5)))
+        density = rays[BATCH_KEY].density
+    if kind == "error-map":  # as noisy as the number of rays in its cells
+        assert (density - 1).abs().mean() < 0.25 and density.max() < 2
+    else:
+        torch.testing.assert_close(density, torch.ones(1000))
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("first", [1, 3, 4])
+def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_anything(kind, first):
+    case, changes = (LARGE, dict(initial_depth=0, threshold=0.3)) if kind == "quadtree" else (CASES["masked list"], {})
+    sampler, batch = prepared(kind, case, 100, **changes), case.batch()
+    train(sampler, batch, first)
+    state = through_a_file(sampler.state_dict())
+    expected = train(sampler, batch, 6, first=first)
+    other = prepared(kind, case, 100, seed=99, **changes)
+    other.load_state_dict(state)
+    assert same_tensors(other.state_dict(), state)
+    resumed = train(other, case.batch(), 6, first=first)
+    for ours, theirs in zip(resumed, expected, strict=True):
+        assert torch.equal(ours["indices"], theirs["indices"]) and torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours[BATCH_KEY].density.nan_to_num(-1), theirs[BATCH_KEY].density.nan_to_num(-1))
+    assert same_tensors(other.state_dict(), sampler.state_dict())
+
+
+@EACH_KIND
+def test_a_checkpoint_of_another_kind_is_left_and_said_so(kind, capsys):
+    batch, other = Case().batch(), "edge" if kind != "edge" else "active"
+    state = through_a_file(trained(other, Case(), 64, 2).state_dict())
+    capsys.readouterr()
+    sampler, fresh = prepared(kind, Case()), prepared(kind, Case())
+    sampler.load_state_dict(state)
+    said = capsys.readouterr().out.strip()
+    assert other in said and kind in said and ".kind" in said
+    torch.manual_seed(0)
+    ours = train(sampler, batch, 2)
+    torch.manual_seed(0)
+    theirs = train(fresh, batch, 2)
+    assert torch.equal(ours[-1]["indices"], theirs[-1]["indices"])
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_the_cache_may_change(kind):
+    case, other = Case(), Case(ONE_SIZE[:4], ids=(5, 8, 0, 7))
+    sampler = prepared(kind, case)
+    batches = {True: (case, case.batch()), False: (other, other_cache())}
+    for number in range(12):
+        which, batch = batches[number % 4 < 2]
+        rays = step(sampler, batch)
+        which.place(rays["indices"])
+        assert_true_colours(batch, rays)
+        if kind in MAPPED and sampler.strategy.map is not None:
+            assert abs(claimed(sampler, which).sum() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_quadtrees_of_images_that_come_back_are_as_they_were(resumed):
+    options = dict(initial_depth=1, reduction=8, threshold=0.1)
+    sampler = prepared("quadtree", FOREST, 500, **options)
+    batch, other = FOREST.batch(), {"image": torch.rand(1, 64, 64, 3), "image_idx": torch.tensor([7])}
+    for _ in range(6):
+        rays = sampler.sample(batch)
+        sampler.update(feed(rays[BATCH_KEY], importance=importance_of_corner(rays["indices"])))
+    before, depth = claimed(sampler, FOREST), sampler.strategy.depth.clone()
+    step(sampler, other)
+    assert (sampler.strategy.depth == 1).all() and depth.max() > 1
+    if resumed:
+        state = through_a_file(sampler.state_dict())
+        sampler = prepared("quadtree", FOREST, 500, **options)
+        sampler.load_state_dict(state)
+        sampler.sample(other)
+    sampler.sample(FOREST.batch())
+    assert torch.equal(claimed(sampler, FOREST), before) and torch.equal(sampler.strategy.depth, depth)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("away", [1, 12])
+def test_errors_of_images_that_come_back_are_as_they_were(resumed, away):
+    """Images 5 and 0 stay; the weights of 7, 2 and 4 relative to each other are as they were."""
+    case, other = Case(), other_cache()
+    sampler = trained("active", case, 64, 6, staleness=0.5)
+    before, error = claimed(sampler, case), sampler.strategy.error.clone()
+    for _ in range(away):
+        step(sampler, other)
+    if resumed:
+        state = through_a_file(sampler.state_dict())
+        sampler = prepared("active", case, staleness=0.5)
+        sampler.load_state_dict(state)
+        sampler.sample(other)
+    sampler.sample(case.batch())
+    stayed = torch.isin(torch.tensor(case.ids), torch.tensor([7, 5, 0]))[:, None].expand(5, 35).flatten()
+    assert torch.equal(sampler.strategy.error[~stayed], error[~stayed])
+    gone = torch.isin(case.pixels()[:, 0], torch.tensor([2, 4]))
+    ours, theirs = claimed(sampler, case)[gone], before[gone]
+    torch.testing.assert_close(ours / ours.sum(), theirs / theirs.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("away", [22, 62])
+def test_images_that_come_back_are_never_less_stale_than_what_was_just_seen(away):
+    case, other = Case(((16, 16),) * 3, ids=(2, 0, 1)), Case(((16, 16),) * 3, ids=(2, 7, 8))
+    sampler, batch = trained("active", case, 20, 60, spread=0), other.batch()
+    for _ in range(away):
+        step(sampler, batch)
+    sampler.sample(case.batch())
+    staleness = sampler.strategy.map.table.codes.int() - sampler.strategy.error.int() + round(sampler.strategy._sunk)
+    assert staleness.min() >= -1
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_the_batch_size_may_change_every_step(kind):
+    case = CASES["masked list"]
+    sampler, batch = prepared(kind, case), case.batch()
+    for number in (64, 10, 300, 11, 64, 200, 12, 13):
+        sampler.set_num_rays_per_batch(number)
+        rays = step(sampler, batch)
+        assert len(rays["indices"]) == len(rays["image"]) == len(rays[BATCH_KEY].density) == number
+    if kind in MAPPED:
+        rays, _ = sampler.strategy.draw(5000)
+        indices, density = torch.cat((rays.chart[:, None], rays.position.long()), dim=-1), claimed(sampler, case, True)
+        assert follows(case, indices, density / density.sum())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@EACH_CASE
+def test_the_uniform_kind_is_the_sampler_of_nerfstudio(case, training):
+    batches = []
+    for sampler in (PixelSamplerConfig(num_rays_per_batch=64, **case.settings).setup(), prepared("uniform", case)):
+        sampler.training = training
+        torch.manual_seed(3)
+        random.seed(3)
+        try:
+            batches.append([sampler.sample(case.batch()) for _ in range(3)])
+        except IndexError:
+            assert case.masked and case.sizes == SIZES and not batches
+            pytest.skip("nerfstudio itself fails where images of different sizes have masks")
+    for theirs, ours in zip(*batches, strict=True):
+        mining = ours.pop(BATCH_KEY, None)
+        assert (mining is not None) == training
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        if mining is not None:
+            assert mining.num_uniform == 64 and (mining.density == 1).all() and mining.image_gradient is None
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_the_global_randomness_is_not_consumed_and_seeds_every_kind(kind):
+    case, batches = CASES["masked list"], []
+    for seed in (0, 0, 1):
+        sampler = prepared(kind, case, seed=seed)
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        batches.append(train(sampler, case.batch(), 5)[-1]["indices"])
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+
+
+@pytest.mark.parametrize("kind", ["edge", "langevin", "quadtree", "active"])
+@pytest.mark.parametrize("name", ["one size", "masked list"])
+def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
+    case = CASES[name]
+    num_pixels = len(case.pixels())
+    budget = num_pixels / 8
+    sampler = trained(kind, case, steps=3, map_memory=budget / 1e9)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("map-memory") == 1 and "instead of 2 x 2" in said
+    strategy = sampler.strategy
+    density = strategy.edges if kind == "langevin" else strategy.map
+    side = density.grid.side
+    per_cell = dens.bytes_per_entry(2 if kind in ("quadtree", "active") else 1)
+    assert num_pixels / side**2 * per_cell <= budget < num_pixels / (side - 1) ** 2 * per_cell
+    if kind == "langevin":
+        pool, law = density.draw(20_000), case.edges(side)
+    else:
+        (pool, _), law = strategy.draw(20_000), claimed(sampler, case, mixed=True)
+    assert abs(law.sum() - 1) < 1e-4
+    assert follows(case, torch.cat((pool.chart[:, None], pool.position.long()), dim=-1), law / law.sum())
+
+
+@pytest.mark.parametrize("kind", ["edge", "langevin", "error-map", "quadtree", "active"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_maps_take_less_than_a_byte_a_pixel(kind, masked):
+    batch = {"image": torch.rand(2, 300, 400, 3, generator=seeded()), "image_idx": torch.tensor([0, 1])}
+    if masked:
+        batch["mask"] = torch.rand(2, 300, 400, 1, generator=seeded()) < 0.5
+    sampler = prepared(kind, Case(), rays=500)
+    sampler.cameras = make_cameras(2, 300, 400)
+    for _ in range(5):
+        step(sampler, batch)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(sampler.strategy)}
+    assert sum(storages.values()) > 0
+    assert sum(storages.values()) / (2 * 300 * 400) < 1
+
+
+class Made(TorchDispatchMode):
+    """Counts the elements that operations make."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given_in = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given_in:
+                self.count += tensor.numel()
+        return result
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_step_costs_the_same_on_larger_images(kind):
+    """Beside what is amortised: evaluations, epochs, and raising all weights."""
+    changes = {"multinomial": dict(refresh=99, side=2), "quadtree": dict(reduction=1), "active": dict(staleness=1e-3)}
+    counts = []
+    for side in (48, 240):  # whose trees of sums have the same depth
+        batch = {"image": torch.rand(2, side, side, 3, generator=seeded()), "image_idx": torch.tensor([0, 1])}
+        sampler = prepared(kind, Case(), 100, **changes.get(kind, {}))
+        sampler.cameras = make_cameras(2, side, side)
+        for _ in range(3):
+            step(sampler, batch)
+        with Made() as made:
+            step(sampler, batch)
+        counts.append(made.count)
+    assert 0 < counts[1] < 1.1 * counts[0]
+
+
+def bad_settings():
+    """Values out of range of every setting of every kind that is a number."""
+    for kind in STRATEGIES:
+        config = MiningPixelSamplerConfig().of_kind(kind)
+        for setting in fields(config):
+            name, value = setting.name, getattr(config, setting.name)
+            if not isinstance(value, bool | str):
+                values = [-1, *([0] if name in config.positive else []), *([1.5] if name.endswith("share") else [])]
+                yield from ((kind, name, bad) for bad in values + [NAN] * isinstance(value, float))
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), bad_settings())
+def test_every_setting_out_of_range_is_named(kind, name, value):
+    flag = rf"--pipeline.datamanager.pixel-sampler.{kind}.{name.replace('_', '-')} is {value}"
+    with pytest.raises(UserError, match=flag):
+        make_config(kind, **{name: value})
+    with pytest.raises(UserError, match=flag):  # whichever kind is used
+        MiningPixelSamplerConfig(kind="uniform", **{kind.replace("-", "_"): make_group(kind, name, value)})
+
+
+def make_group(kind: str, name: str, value: float):
+    group = type(MiningPixelSamplerConfig().of_kind(kind))(**{name: value})
+    assert is_dataclass(group)
+    return group
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("cell_side", 0), ("cell_side", -1), ("map_memory", 0.0), ("map_memory", NAN)]
+)
+def test_every_setting_of_the_sampler_out_of_range_is_named(name, value):
+    with pytest.raises(UserError, match=f"pixel-sampler.{name.replace('_', '-')} is {value}"):
+        make_config(**{name: value})
+
+
+@st.composite
+def caches(draw) -> tuple[dict, list]:
+    """Images of any size and number, with or without masks that keep a pixel."""
+    num, low = draw(st.integers(1, 4)), 1
+    size = st.tuples(st.integers(low, 20), st.integers(low, 20))
+    sizes = [draw(size)] * num if draw(st.booleans()) else [draw(size) for _ in range(num)]
+    generator, dtype = seeded(draw(st.integers(0, 99))), draw(st.sampled_from([torch.float32, torch.float64]))
+    channels = draw(st.sampled_from([3, 4]))
+    images = [torch.rand(*shape, channels, generator=generator).to(dtype) for shape in sizes]
+    masks = [torch.rand(*shape, 1, generator=generator) < 0.5 for shape in sizes]
+    masks[-1][-1, -1] = True
+    as_list = len(set(sizes)) > 1 or draw(st.booleans())
+    batch = {"image": images if as_list else torch.stack(images), "image_idx": torch.randperm(num, generator=generator)}
+    if draw(st.booleans()):
+        batch["mask"] = masks if as_list else torch.stack(masks)
+    return batch, masks if "mask" in batch else [torch.ones_like(mask) for mask in masks]
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(caches(), st.sampled_from(sorted(STRATEGIES)), st.integers(1, 70), st.integers(1, 5), st.booleans())
+def test_any_cache_can_be_drawn_from(cache, kind, rays, side, panorama):
+    (batch, masks), changes = cache, dict(uniform_share=0.0) if kind in ("edge", "langevin", "multinomial") else {}
+    changes |= dict(side=side) if kind == "multinomial" else {}
+    sampler = make_sampler(rays, 4, kind=kind, cell_side=side, is_equirectangular=panorama, **KINDS[kind] | changes)
+    sampler.cameras = make_cameras(4, *batch["image"][0].shape[:2])
+    slot = {i: n for n, i in enumerate(batch["image_idx"].tolist())}
+    for number in range(6):
+        drawn = sampler.sample(batch)
+        assert len(drawn["indices"]) == rays
+        assert all(masks[slot[i]][row, column] for i, row, column in drawn["indices"].tolist())
+        assert_true_colours(batch, drawn)
+        density = drawn[BATCH_KEY].density
+        assert (density > 0).logical_or(torch.tensor(kind == "langevin") & density.isnan()).all()
+        sampler.update(feed(drawn[BATCH_KEY], wild(rays, number), seed=number))
