@@ -24,6 +24,55 @@ def demo(output: Path = Path("softmining_demo"), iterations: int = 1000, seed: i
     return 0
 
 
+def bench(
+    preset: tyro.conf.Positional[Path],
+    data: Path,
+    output: Path | None = None,
+    scenes: tuple[str, ...] = (),
+    samplers: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (),
+    at: tuple[int, ...] = (),
+    method: str | None = None,
+    dataparser: str | None = None,
+    views: tuple[int, ...] = (),
+    image_scale: float | None = None,
+    set: tuple[str, ...] = (),
+) -> int:
+    """Compare samplers on scenes: what a file in configs/ asks for, and flags that override it.
+
+    What is finished is not run again; after Ctrl-C or a crash the same command goes on.
+
+    Args:
+        preset: A file in configs/, such as configs/lite.yaml.
+        data: Folder that the scenes' folders are in.
+        output: Folder for results.json, report.md, plots and pictures; outputs/bench/PRESET if not given.
+        scenes: Scenes to run, by their folder within --data; all of the preset if not given.
+        samplers: uniform, uniform-weighted, any kind of sampler or any nerfstudio method, each with settings of its
+            own after commas, as in langevin,drift=0.
+        seeds: Seeds of the runs.
+        at: Iterations at which the held-out views are rendered; the last ends a run.
+        method: Method of this plugin whose settings all samplers share.
+        dataparser: Dataparser, such as colmap or blender-data.
+        views: Held-out views to render, by their number.
+        image_scale: Factor on the resolution of the images as they are on disk.
+        set: Settings of the model, the datamanager or the sampler for all samplers, as name=value.
+    """
+    from nerfstudio_softmining.bench.bench import run_bench
+
+    changes = {
+        "scenes": scenes,
+        "samplers": samplers,
+        "seeds": seeds,
+        "at": at,
+        "method": method,
+        "dataparser": dataparser,
+        "views": views,
+        "image_scale": image_scale,
+        "set": set,
+    }
+    return 0 if run_bench(preset, data, output or Path("outputs/bench") / preset.stem, changes) else 1
+
+
 def doctor() -> int:
     """Say what is installed, what works with it and how to get what is missing."""
     from nerfstudio_softmining.doctor import run_doctor
@@ -35,7 +84,9 @@ def main() -> int:
     """Run the command line; the result is the exit code."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "doctor": doctor}, prog="softmining", description="Soft mining for nerfstudio."
+            {"demo": demo, "bench": bench, "doctor": doctor},
+            prog="softmining",
+            description="Soft mining for nerfstudio.",
         )
     except UserError as error:
         print(f"\nError: {error}", file=sys.stderr)

@@ -1,0 +1,174 @@
+"""`softmining bench`: samplers side by side on real scenes, through nerfstudio's own trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nerfstudio_softmining import compat
+from nerfstudio_softmining.bench import report
+from nerfstudio_softmining.bench.preset import Preset, Scene, read, trainer_config
+from nerfstudio_softmining.bench.training import Run, train
+from nerfstudio_softmining.errors import UserError
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
+    """Run what a preset asks for and has not been run yet, then report.
+
+    Args:
+        path: the preset's file.
+        data: folder that the scenes' folders are in.
+        output: folder for everything that comes out.
+        changes: what flags say instead of the preset; empty or None where they say nothing.
+
+    Returns:
+        Whether every run went well.
+
+    Raises:
+        UserError: for a preset, a flag or data that can not be used, before anything is run.
+    """
+    preset = override(read(path), changes)
+    results = Results(output, preset)
+    jobs = list(product(preset.seeds, preset.scenes, preset.samplers))
+    for seed, scene, sampler in jobs:
+        trainer_config(scene, sampler, seed, data, output / "runs")  # to find mistakes before hours have gone by
+    for scene in preset.scenes:
+        if not (data / scene.path).is_dir():
+            raise UserError(f"--data is {data}, which has no folder {scene.path}. Name the folder that it is in.")
+    if not torch.cuda.is_available():
+        compat.prepare_cpu()
+    with Progress(*COLUMNS, console=CONSOLE) as progress:
+        everything = progress.add_task("all runs", total=len(jobs) * preset.at[-1])
+        for number, (seed, scene, sampler) in enumerate(jobs):
+            entries = results.entries(scene, sampler, seed)
+            if entries and entries[-1]["iteration"] == preset.at[-1]:
+                progress.update(everything, completed=(number + 1) * preset.at[-1])
+                continue
+            name = f"{scene.path}, {sampler}, seed {seed}"
+            task = progress.add_task(name, total=preset.at[-1])
+
+            def advance(done: int, task=task, number=number) -> None:
+                progress.update(task, completed=done)
+                progress.update(everything, completed=number * preset.at[-1] + done)
+
+            def evaluated(entry: dict, task=task, name=name, scene=scene, sampler=sampler, seed=seed) -> None:
+                results.add(scene, sampler, seed, entry)
+                progress.update(task, description=f"{name}: {entry['psnr']:.2f} dB at {entry['iteration']}")
+
+            is_shown = seed == preset.seeds[0]
+            pictures = output / "pictures" / scene.path.replace("/", "_") / sampler if is_shown else None
+            config = trainer_config(scene, sampler, seed, data, output / "runs")
+            try:
+                train(Run(config, preset.at, scene.views, entries, pictures), evaluated, advance)
+                results.succeeded(name)
+            except Exception as error:  # whatever it is, the other runs can still be made
+                results.failed(name, error)
+                CONSOLE.print(f"[red]{name} failed: {results.content['failures'][name]}[/red]")
+            progress.remove_task(task)
+    if results.content["runs"]:
+        report.write(preset, results.content, output)
+        for scene in report.scenes_of(results.content["runs"]):
+            CONSOLE.rule(scene)
+            for table in report.tables(preset, [r for r in results.content["runs"] if r["scene"] == scene]):
+                CONSOLE.print(table)
+        CONSOLE.print(f"{output / 'report.md'} has all of it, with plots and pictures.", soft_wrap=True)
+    return not results.content["failures"]
+
+
+def override(preset: Preset, changes: dict) -> Preset:
+    """The preset with what flags say instead.
+
+    Raises:
+        UserError: if a flag asks for what makes no sense.
+    """
+    given = {key: value for key, value in changes.items() if value not in (None, ())}
+    scenes = preset.scenes
+    if "scenes" in given:
+        known = {scene.path: scene for scene in scenes}
+        missing = [path for path in given["scenes"] if path not in known and "method" not in given]
+        if missing:
+            raise UserError(
+                f"--scenes has {missing[0]!r}, which the preset has not ({', '.join(known)}). Name --method for it."
+            )
+        scenes = tuple(known.get(path, Scene(path, given.get("method", ""))) for path in given["scenes"])
+    of_scene = {f.name for f in dataclasses.fields(Scene)} & given.keys()
+    scenes = tuple(dataclasses.replace(scene, **{key: given[key] for key in of_scene}) for scene in scenes)
+    of_preset = {key: given[key] for key in ("samplers", "seeds", "at") if key in given}
+    preset = dataclasses.replace(preset, scenes=scenes, **of_preset)
+    if not preset.at or sorted(set(preset.at)) != list(preset.at) or preset.at[0] < 1:
+        raise UserError(f"--at is {list(preset.at)}: it is iterations in rising order, such as 250 500 1000.")
+    for name in ("scenes", "samplers", "seeds"):
+        values = getattr(preset, name)
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"--{name} is {list(values)}: name at least one, and each once.")
+    return preset
+
+
+class Results:
+    """results.json: what has been run, safe at every moment.
+
+    Args:
+        output: folder that it is in.
+        preset: the comparison; results of the same scenes with other settings are refused.
+    """
+
+    def __init__(self, output: Path, preset: Preset) -> None:
+        self.path = output / "results.json"
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            self.content: dict = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"--output is {output}, which can not be used ({error}). Name another folder.") from error
+        settings = json.loads(
+            json.dumps({"at": preset.at, "scenes": {scene.path: dataclasses.asdict(scene) for scene in preset.scenes}})
+        )
+        before = self.content.setdefault("settings", settings)
+        shared = before["scenes"].keys() & settings["scenes"].keys()
+        if before["at"] != settings["at"] or any(before["scenes"][k] != settings["scenes"][k] for k in shared):
+            raise UserError(
+                f"{self.path} holds runs with other settings ({before}). Name another --output, or the same settings."
+            )
+        before["scenes"].update(settings["scenes"])
+        self.content["versions"] = {name: version(name) for name in ("nerfstudio-softmining", "nerfstudio", "torch")}
+        self.content["versions"]["python"] = platform.python_version()
+        self.content["device"] = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        self.content.setdefault("runs", [])
+        self.content.setdefault("failures", {})
+
+    def entries(self, scene: Scene, sampler: str, seed: int) -> list[dict]:
+        """Evaluations of one run."""
+        key = (scene.path, sampler, seed)
+        return [entry for entry in self.content["runs"] if (entry["scene"], entry["sampler"], entry["seed"]) == key]
+
+    def add(self, scene: Scene, sampler: str, seed: int, entry: dict) -> None:
+        """Keep an evaluation."""
+        about = {"scene": scene.path, "method": scene.method, "sampler": sampler, "seed": seed}
+        self.content["runs"].append({**about, **entry})
+        self._write()
+
+    def failed(self, name: str, error: Exception) -> None:
+        """Keep why a run failed."""
+        self.content["failures"][name] = f"{type(error).__name__}: {error}"
+        self._write()
+
+    def succeeded(self, name: str) -> None:
+        """Forget that a run failed before."""
+        if self.content["failures"].pop(name, None) is not None:
+            self._write()
+
+    def _write(self) -> None:
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
+        part.replace(self.path)

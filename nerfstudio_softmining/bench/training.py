@@ -1,0 +1,172 @@
+"""One run of a comparison: trained by nerfstudio's trainer, evaluated now and then, and gone on with after a kill."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import torch
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from nerfstudio.scripts.train import _set_random_seed
+from torch import Tensor
+
+from nerfstudio_softmining import compat
+from nerfstudio_softmining.errors import UserError
+
+METRICS = ("psnr", "ssim", "lpips")
+
+
+@dataclass
+class Run:
+    """A run, and what is known of it."""
+
+    config: TrainerConfig
+    """Its settings; checkpoints go where they say."""
+    at: tuple[int, ...]
+    """Iterations at which it is evaluated."""
+    views: tuple[int, ...]
+    """Held-out views that are rendered; all if empty."""
+    entries: list[dict]
+    """What its evaluations gave; those that an earlier session made are here from the start."""
+    pictures: Path | None = None
+    """Folder for renders of the first view, if they are wanted."""
+
+
+def train(run: Run, evaluated: Callable[[dict], None], advance: Callable[[int], None]) -> None:
+    """Train from the last checkpoint to the last evaluation.
+
+    Args:
+        run: the run.
+        evaluated: called with each new entry, once it can be gone on from.
+        advance: called with the number of iterations done.
+    """
+    checkpoints = run.config.get_base_dir() / "nerfstudio_models"
+    if not run.entries:
+        shutil.rmtree(run.config.get_base_dir(), ignore_errors=True)
+    trainer = _set_up(run.config, checkpoints)
+    start = trainer._start_step
+    meter = Meter(next((entry["seconds"] for entry in run.entries if entry["iteration"] == start), 0.0))
+    advance(start)
+    for step in range(start, run.at[-1]):
+        with meter:
+            trainer.pipeline.train()
+            for callback in trainer.callbacks:
+                callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+            trainer.train_iteration(step)
+            for callback in trainer.callbacks:
+                callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+        iteration = step + 1
+        advance(iteration)
+        if iteration not in run.at:
+            continue
+        if all(entry["iteration"] != iteration for entry in run.entries):
+            picture = None if run.pictures is None else run.pictures / f"{iteration}.png"
+            with compat.fork_random_state():
+                metrics = evaluate(trainer, run.views, picture)
+            rays = trainer.pipeline.datamanager.get_train_rays_per_batch()
+            evaluated({"iteration": iteration, **metrics, **meter.read(rays)})
+        if iteration < run.at[-1]:
+            trainer.save_checkpoint(step)  # after its entry is safe, so that no time is lost between the two
+    shutil.rmtree(checkpoints, ignore_errors=True)  # some hundred megabytes, and done with
+
+
+def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
+    """A trainer that goes on from the last checkpoint, or from the start where there is none that can be read."""
+    config.load_dir = checkpoints if any(checkpoints.glob("*.ckpt")) else None
+    _set_random_seed(config.machine.seed)
+    with compat.lazy_lpips():
+        trainer: Trainer = config.setup(local_rank=0, world_size=1)
+        try:
+            trainer.setup(test_mode="test")
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            if config.load_dir is None:
+                raise
+            shutil.rmtree(checkpoints)  # cut off while it was written
+            return _set_up(config, checkpoints)
+    return trainer
+
+
+class Meter:
+    """Time of training, without that of evaluation, and memory.
+
+    Args:
+        before: seconds that the run has been trained for already.
+    """
+
+    def __init__(self, before: float) -> None:
+        self.before = before
+        self.durations: list[float] = []
+        self.process = psutil.Process()
+        self.peak = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.durations.append(time.perf_counter() - self.start)
+        if not torch.cuda.is_available():
+            self.peak = max(self.peak, self.process.memory_info().rss)
+
+    def read(self, rays: int) -> dict[str, float | int]:
+        """What an entry says of time and memory."""
+        step = float(np.median(self.durations)) if self.durations else math.nan
+        return {
+            "seconds": round(self.before + sum(self.durations), 3),
+            "seconds_per_step": round(step, 5),
+            "rays_per_second": round(rays / step) if step > 0 else 0,
+            "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak,
+        }
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = None) -> dict[str, float | None]:
+    """Mean metrics over held-out views; None where one can not be had.
+
+    Args:
+        trainer: what is evaluated.
+        views: held-out views by their number; all if empty.
+        picture: file for the first view's truth, render and absolute error, side by side.
+
+    Raises:
+        UserError: if there is no such view.
+    """
+    pipeline: Any = trainer.pipeline
+    manager = pipeline.datamanager
+    assert isinstance(manager, VanillaDataManager)
+    count = len(manager.eval_dataset)
+    if any(view >= count for view in views):
+        raise UserError(f"views are {list(views)}, but the scene has {count} held-out views, 0 to {count - 1}.")
+    pipeline.eval()
+    rows = []
+    for view in views or range(count):
+        camera, batch = manager.fixed_indices_eval_dataloader.get_camera(view)
+        outputs = pipeline.model.get_outputs_for_camera(camera)
+        metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
+        rows.append(metrics)
+        if picture is not None and not picture.exists():
+            write_picture(images["img"], picture)
+    pipeline.train()
+    means = {key: float(np.mean([row.get(key, math.nan) for row in rows])) for key in METRICS}
+    return {key: None if math.isnan(value) else round(value, 4) for key, value in means.items()}
+
+
+def write_picture(image: Tensor, path: Path) -> None:
+    """Write colours in [0, 1] as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    cv2.imwrite(str(path), np.ascontiguousarray(pixels[..., ::-1]))

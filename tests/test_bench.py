@@ -1,0 +1,281 @@
+"""Laws of `softmining bench`: what it runs, what it keeps, what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nerfstudio_softmining.bench import bench, preset, report, training
+from nerfstudio_softmining.demo.scene import write_scene
+from nerfstudio_softmining.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SMALL = {
+    "title": "A small comparison",
+    "scenes": [
+        {
+            "path": "scene",
+            "method": "softmining-nerfacto-lite-blender",
+            "set": ["train_num_rays_per_batch=64", "log2_hashmap_size=10"],
+        }
+    ],
+    "samplers": ["uniform", "langevin,noise=0.03", "active"],
+    "seeds": [3, 4],
+    "at": [4, 8],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_scene(folder / "scene", num_train=4, num_eval=2, size=24)
+    return folder
+
+
+def write_preset(folder: Path, **changes) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL | changes))
+    return path
+
+
+def command(path: Path, data: Path, output: Path) -> list[str]:
+    start = [sys.executable, "-m", "nerfstudio_softmining.cli", "bench"]
+    return [*start, str(path), "--data", str(data), "--output", str(output)]
+
+
+def qualities(output: Path) -> dict:
+    runs = json.loads((output / "results.json").read_text())["runs"]
+    assert len({(run["sampler"], run["seed"], run["iteration"]) for run in runs}) == len(runs)
+    return {(run["sampler"], run["seed"], run["iteration"]): (run["psnr"], run["ssim"]) for run in runs}
+
+
+def test_a_killed_comparison_goes_on_and_equals_an_uninterrupted_one(data, tmp_path):
+    path = write_preset(tmp_path)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    output = subprocess.run(command(path, data, whole), capture_output=True, text=True, timeout=600)
+    assert output.returncode == 0, output.stderr[-2000:]
+    expected = qualities(whole)
+    assert set(expected) == {(s, seed, at) for s in SMALL["samplers"] for seed in (3, 4) for at in (4, 8)}
+
+    for wanted in (1, 4, 7):  # killed after its first evaluation, in the middle of a run, ...
+        process = subprocess.Popen(command(path, data, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            file = broken / "results.json"
+            if file.exists() and len(json.loads(file.read_text())["runs"]) >= wanted:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert len(qualities(broken)) < len(expected)
+    subprocess.run(command(path, data, broken), capture_output=True, timeout=600, check=True)
+    assert qualities(broken) == expected
+
+    for name in ("report.md", "scene_convergence.png", "scene_speed_up.png", "scene_pictures.png"):
+        assert (whole / name).stat().st_size > 0
+    text = (whole / "report.md").read_text()
+    assert all(sampler in text for sampler in SMALL["samplers"])
+    assert not list((whole / "runs").rglob("*.ckpt"))
+    results = json.loads((whole / "results.json").read_text())
+    assert {"nerfstudio", "torch", "python"} <= results["versions"].keys() and results["device"]
+    for run in results["runs"]:
+        assert run["seconds"] > 0 and run["rays_per_second"] > 0 and run["peak_memory"] > 0 and "lpips" in run
+    before = (whole / "results.json").read_text()
+    finished = subprocess.run(command(path, data, whole), capture_output=True, text=True, timeout=300, check=True)
+    assert (whole / "results.json").read_text() == before and "PSNR in dB" in finished.stdout
+
+
+def fake_training(run: training.Run, evaluated, advance) -> None:
+    if run.config.experiment_name == "edge":
+        raise RuntimeError("out of memory")
+    for at in run.at:
+        seconds = {"seconds": 1.0, "seconds_per_step": 0.1, "rays_per_second": 10, "peak_memory": 1}
+        evaluated({"iteration": at, "psnr": 20.0 + at, "ssim": 0.5, "lpips": None, **seconds})
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "train", fake_training)
+    path, output = write_preset(tmp_path, samplers=["edge", "uniform"]), tmp_path / "out"
+    assert not bench.run_bench(path, data, output, {})
+    assert {key[0] for key in qualities(output)} == {"uniform"}
+    assert "scene, edge, seed 3: RuntimeError: out of memory" in (output / "report.md").read_text()
+    monkeypatch.setattr(bench, "train", lambda run, *told: fake_training(replace_name(run), *told))
+    assert bench.run_bench(path, data, output, {})
+    assert {key[0] for key in qualities(output)} == {"uniform", "edge"}
+    assert "out of memory" not in (output / "report.md").read_text()
+
+
+def replace_name(run: training.Run) -> training.Run:
+    run.config.experiment_name = "another"
+    return run
+
+
+def test_runs_of_one_seed_are_in_turn(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "train", fake_training)
+    output = tmp_path / "out"
+    bench.run_bench(write_preset(tmp_path, samplers=["uniform", "active"]), data, output, {})
+    runs = json.loads((output / "results.json").read_text())["runs"]
+    assert [(run["seed"], run["sampler"]) for run in runs[::2]] == [
+        (3, "uniform"),
+        (3, "active"),
+        (4, "uniform"),
+        (4, "active"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"samplers": ("nonsense",)}, "nonsense"),
+        ({"samplers": ("langevin,nonsense=1",)}, "nonsense"),
+        ({"samplers": ("langevin,noise=-1.0",)}, "noise is -1.0"),
+        ({"samplers": ("uniform", "uniform")}, "--samplers"),
+        ({"scenes": ("elsewhere",)}, "elsewhere"),
+        ({"scenes": ("elsewhere",), "method": "softmining-nerfacto"}, "elsewhere"),
+        ({"method": "nerfacto"}, "nerfacto"),
+        ({"at": (8, 4)}, "--at"),
+        ({"at": (0, 4)}, "--at"),
+        ({"dataparser": "nonsense"}, "--dataparser"),
+    ],
+)
+def test_a_users_mistake_is_named_before_anything_is_run(changes, word, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "train", lambda *_: pytest.fail("has been run"))
+    with pytest.raises(UserError, match=word):
+        bench.run_bench(write_preset(tmp_path), data, tmp_path / "out", changes)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "title: x\nscenes: [{nonsense: 1}]\nsamplers: [uniform]"])
+def test_a_file_that_is_no_preset_is_refused(text, tmp_path):
+    path = tmp_path / "preset.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="preset"):
+        preset.read(path)
+    with pytest.raises(UserError, match="missing.yaml"):
+        preset.read(tmp_path / "missing.yaml")
+
+
+def test_results_of_other_settings_are_not_mixed(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "train", fake_training)
+    path, output = write_preset(tmp_path), tmp_path / "out"
+    bench.run_bench(path, data, output, {})
+    kept = (output / "results.json").read_text()
+    for changes in ({"at": (4, 9)}, {"image_scale": 0.5}, {"set": ("alpha=0.1",)}):
+        with pytest.raises(UserError, match="other settings"):
+            bench.run_bench(path, data, output, changes)
+    assert (output / "results.json").read_text() == kept
+    bench.run_bench(path, data, output, {"samplers": ("quadtree",), "seeds": (5,)})
+    assert ("quadtree", 5, 8) in qualities(output) and ("uniform", 3, 8) in qualities(output)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_preset_can_be_run(path, tmp_path):
+    comparison = preset.read(path)
+    for scene in comparison.scenes:
+        for sampler in comparison.samplers:
+            config = preset.trainer_config(scene, sampler, 7, tmp_path, tmp_path)
+            assert config.machine.seed == 7 and config.data == tmp_path / scene.path
+    assert comparison.paper is None or (comparison.folder / comparison.paper).is_file()
+    assert report.with_paper(comparison, []) is None or comparison.paper
+
+
+def test_settings_reach_their_place(tmp_path):
+    scene = preset.read(CONFIGS[0]).scenes[0]
+    scene = replace(scene, set=("alpha=0.25", "train_num_rays_per_batch=99"), dataparser="colmap")
+    config = preset.trainer_config(scene, "langevin,reinit_from=uniform,drift=2e-4", 0, tmp_path, tmp_path)
+    manager = config.pipeline.datamanager
+    assert manager.pixel_sampler.kind == "langevin"
+    assert (manager.pixel_sampler.langevin.reinit_from, manager.pixel_sampler.langevin.drift) == ("uniform", 2e-4)
+    assert (config.pipeline.model.alpha, manager.train_num_rays_per_batch) == (0.25, 99)
+    assert "Colmap" in type(manager.dataparser).__name__
+    peer = preset.trainer_config(replace(scene, dataparser=None), "nerfacto", 0, tmp_path, tmp_path)
+    assert peer.method_name == "nerfacto" and peer.pipeline.datamanager.train_num_rays_per_batch == 99
+    weighted = preset.trainer_config(scene, "uniform-weighted", 0, tmp_path, tmp_path).pipeline
+    assert (weighted.datamanager.pixel_sampler.kind, weighted.model.weight_by) == ("uniform", "importance")
+
+
+CURVES = st.lists(st.floats(10, 40), min_size=1, max_size=6)
+
+
+@given(CURVES, st.floats(5, 45))
+def test_a_level_is_reached_where_the_curve_first_crosses_it(values, level):
+    curve = [(100 * (n + 1), value) for n, value in enumerate(values)]
+    place = report.crossing(curve, level)
+    if place is None:
+        assert max(values) < level
+        return
+    later = [x for x, value in curve if value >= level]
+    assert later[0] - 100 < place <= later[0] or place == 100 == later[0]
+    assert all(value < level for x, value in curve if x < place)
+
+
+def entry(sampler: str, seed: int, iteration: int, psnr: float) -> dict:
+    times = {"seconds": iteration / 10, "seconds_per_step": 0.1, "rays_per_second": 640, "peak_memory": 10**9}
+    return {"scene": "s", "sampler": sampler, "seed": seed, "iteration": iteration, "psnr": psnr, "ssim": 0.5, **times}
+
+
+def rendered(table) -> str:
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_what_is_not_reached_is_said():
+    runs = [entry("uniform", seed, at, psnr) for seed in (0, 1) for at, psnr in ((100, 20.0), (200, 22.0))]
+    runs += [entry("edge", 0, 100, 21.0), entry("edge", 0, 200, 23.0), entry("edge", 1, 100, 19.0)]
+    runs += [entry("edge", 1, 200, 20.5)]
+    comparison = replace(preset.read(CONFIGS[0]), targets=(20.5, 22.0, 30.0), paper=None)
+    text = rendered(report.iterations(comparison, runs))
+    uniform, edge = (next(line for line in text.splitlines() if name in line) for name in ("| uniform", "| edge"))
+    assert "125 (1.00x)" in uniform and "200 (1.00x)" in uniform and uniform.count("not reached") == 1
+    assert "150 (0.83x)" in edge and "not reached (1 of 2)" in edge and edge.count("not reached") == 2
+
+
+def test_means_and_spreads_are_those_of_the_seeds():
+    assert report.mean_and_spread([20.0, 22.0, 24.0]) == "22.00 ± 2.00"
+    assert report.mean_and_spread([20.0]) == "20.00" and report.mean_and_spread([None]) == "-"
+
+
+def test_the_papers_figures_stand_beside_ours():
+    comparison = preset.read(next(path for path in CONFIGS if path.stem == "table1"))
+    runs = [entry(sampler, 0, 1000, psnr) for sampler, psnr in (("uniform", 26.0), ("langevin", 27.5))]
+    runs = [{**run, "scene": "nerf_synthetic/lego"} for run in runs]
+    text = rendered(report.with_paper(comparison, runs))
+    assert "27.50 (+1.50)" in text and "29.58 (+2.54)" in text  # table 1 of the paper
+
+
+def test_evaluation_is_not_counted_as_training(monkeypatch):
+    clock = iter([0.0, 1.0, 100.0, 102.0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    meter = training.Meter(10.0)
+    for _ in range(2):
+        with meter:
+            pass
+    assert meter.read(64)["seconds"] == 13.0
+    assert meter.read(64)["rays_per_second"] == round(64 / 1.5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_ctrl_c_keeps_what_is_finished(data, tmp_path):
+    path, output = write_preset(tmp_path, at=[4, 4000]), tmp_path / "out"
+    process = subprocess.Popen(command(path, data, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (output / "results.json").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130 and "Traceback" not in text
+    assert len(qualities(output)) == 1
