@@ -117,6 +117,14 @@ def test_draws_are_exact_beyond_2_to_the_24_entries():
         assert p_value(torch.bincount(place, minlength=bins), torch.full((bins,), 1 / bins)) > 1e-4
 
 
+def test_draws_are_uniform_up_to_the_largest_total():
+    """From the sums alone of three equal blocks, too large for entries that fit here: which block an entry is in."""
+    for total in (2**62, 2**62 * 2 // 3, 2**61 + 2**60, 2**60 // 7 * 6):
+        sums = torch.tensor([total // 3] * 3)
+        entry = dens.draw(dens.DiscreteDensity(torch.ones(96, dtype=torch.int32), (sums,)), 50_000, seeded()).entry
+        assert p_value(torch.bincount(entry // 32, minlength=3), torch.full((3,), 1 / 3)) > 1e-4
+
+
 @DTYPES
 @LAW
 @given(st.data(), st.integers(0, 99))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import platform
 from importlib.metadata import version
@@ -74,6 +75,7 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
             except Exception as error:  # whatever it is, the other runs can still be made
                 results.failed(name, error)
                 CONSOLE.print(f"[red]{name} failed: {results.content['failures'][name]}[/red]")
+            gc.collect()  # a trainer is full of cycles, and holds its memory until they are found
             progress.remove_task(task)
     if results.content["runs"]:
         report.write(preset, results.content, output)

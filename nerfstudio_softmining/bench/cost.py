@@ -10,6 +10,7 @@ keep alone.
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,22 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[float, float, float, float]:
-    """Seconds of set-up, of a median step and of the mean step, and bytes per training pixel."""
+def count_waits(sampler: MiningPixelSampler, batch: dict, device: str) -> str:
+    """How often a step waits for the device, on CUDA."""
+    if not device.startswith("cuda"):
+        return "-"
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            sampler.update(make_feedback(sampler.sample(batch)[BATCH_KEY]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return str(len(waits))
+
+
+def measure(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[str, ...]:
+    """Seconds of set-up, milliseconds of a median and of the mean step, bytes per training pixel, and waits."""
     sampler, batch = make_sampler(cost, kind, num_images, image)
     durations, start = [], time.perf_counter()
     sampler.sample(batch)
@@ -122,8 +137,10 @@ def measure(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[floa
         sampler.update(feedback)
         synchronize(cost.device)
         durations.append(drawn + time.perf_counter() - start)
-    pixels = num_images * cost.size[0] * cost.size[1]
-    return set_up, float(np.median(durations[10:])), float(np.mean(durations[10:])), memory(sampler.strategy) / pixels
+    milliseconds = 1000 * np.array(durations[10:])
+    size = memory(sampler.strategy) / (num_images * cost.size[0] * cost.size[1])
+    numbers = (f"{set_up:.1f}", f"{np.median(milliseconds):.2f}", f"{np.mean(milliseconds):.2f}", f"{size:.3f}")
+    return (*numbers, count_waits(sampler, batch, cost.device))
 
 
 def main(cost: Cost) -> None:
@@ -135,14 +152,12 @@ def main(cost: Cost) -> None:
         torch.cuda.get_device_name() if cost.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     )
     out = Table(title=f"{where}: images of {cost.size[0]} x {cost.size[1]}, {cost.rays} rays a step", box=box.MARKDOWN)
-    for heading in ("sampler", "images", "set-up, s", "median step, ms", "mean step, ms", "bytes a pixel"):
+    for heading in ("sampler", "images", "set-up, s", "median step, ms", "mean step, ms", "bytes a pixel", "waits"):
         out.add_column(heading, justify="left" if heading == "sampler" else "right")
     for kind in cost.kinds:
         for num_images in cost.images:
             with CONSOLE.status(f"{kind}, {num_images} images"):
-                set_up, median, mean, size = measure(cost, kind, num_images, image)
-            cells = (f"{set_up:.1f}", f"{1000 * median:.2f}", f"{1000 * mean:.2f}", f"{size:.3f}")
-            out.add_row(kind, f"{num_images:,}", *cells)
+                out.add_row(kind, f"{num_images:,}", *measure(cost, kind, num_images, image))
     CONSOLE.print(out)
 
 

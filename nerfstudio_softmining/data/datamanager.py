@@ -105,9 +105,9 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         mining = batch[BATCH_KEY]
         mining.step = step
         if mining.image_gradient is None:
-            rays = self.train_ray_generator(batch["indices"])
+            rays = self.train_ray_generator(mining.indices)
         else:
-            rays, mining.coords = self._differentiable_rays(batch["indices"])
+            rays, mining.coords = self._differentiable_rays(mining.indices)
             batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
         mining.origins, mining.directions = rays.origins, rays.directions
         self._mining_batch = mining

@@ -109,7 +109,7 @@ def draw(density: DiscreteDensity, count: int, generator: torch.Generator | None
     """
     device = density.codes.device
     everything = total(density)
-    target = torch.randint(1 << 62, (count,), generator=generator, device=device) % everything
+    target = _below(everything, torch.randint(1 << 31, (2, count), generator=generator, device=device))
     entry = torch.zeros_like(target)
     chosen = target
     for values in (*reversed(density.sums), density.codes):
@@ -120,6 +120,16 @@ def draw(density: DiscreteDensity, count: int, generator: torch.Generator | None
         target = target - (ends.gather(1, branch)[:, 0] - chosen)
         entry = entry * BRANCHES + branch[:, 0]
     return Draw(entry, chosen / everything)
+
+
+def _below(end: Tensor, bits: Tensor) -> Tensor:
+    """floor(end * x) for x in [0, 1) of 62 bits and an end up to 2^62, without overflow.
+
+    A remainder (modulo the end) would favour the first entries, by up to a factor of 2 where the end is near 2^62.
+    """
+    (high, low), mask = bits, (1 << 31) - 1
+    upper, lower = end >> 31, end & mask
+    return high * upper + ((high * lower + low * upper + (low * lower >> 31)) >> 31)
 
 
 def _children(values: Tensor, block: Tensor) -> Tensor:

@@ -47,13 +47,12 @@ def deposit(
     tensor([[[0.5000, 0.5000]]])
     """
     _, rows, columns = error.shape
-    last = torch.tensor([rows - 1, columns - 1], device=error.device)
-    place = (position * (last + 1) - 0.5).clamp_min(0).minimum(last)
-    first = place.long().minimum((last - 1).clamp_min(0))
-    (down, across), (row, column) = (place - first).unbind(-1), first.unbind(-1)
+    place = [(position[:, axis] * size - 0.5).clamp(0, size - 1) for axis, size in enumerate((rows, columns))]
+    row, column = (along.long() for along in place)
+    down, across = place[0] - row, place[1] - column
     for row_step, row_share in ((0, 1 - down), (1, down)):
         for column_step, column_share in ((0, 1 - across), (1, across)):
-            # in a map of one row or column the second share is 0
+            # past the last row or column the share is 0
             index = (chart, (row + row_step).clamp_max(rows - 1), (column + column_step).clamp_max(columns - 1))
             error.index_put_(index, row_share * column_share * value, accumulate=True)
 

@@ -15,7 +15,7 @@ from nerfstudio_softmining.mining.langevin import Pool
 from nerfstudio_softmining.sampling.feedback import MiningBatch
 from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.projection import project, supported
-from nerfstudio_softmining.sampling.strategy import CellDensity, MapStrategy, StrategyConfig, cell_pool
+from nerfstudio_softmining.sampling.strategy import CellDensity, MapStrategy, StrategyConfig, rays_of
 
 PER_FOLD = 254 / dens.OCTAVES / math.log(2)
 """Steps of a byte's scale for a factor of e."""
@@ -86,7 +86,7 @@ class ActiveStrategy(MapStrategy):
             else:
                 self.error[part] = dens.encode(guess * SCALE).clamp_min(1)
                 codes[part] = self._code(grid.masses(slot), self.error[part], round(self._sunk))
-        self.map = CellDensity(pixels, grid, dens.tabulate(codes))
+        self.map = CellDensity(grid, dens.tabulate(codes))
         cached = set(pixels.image_idx.tolist())
         self._kept = {image: kept for image, kept in self._kept.items() if image not in cached}
 
@@ -97,7 +97,7 @@ class ActiveStrategy(MapStrategy):
 
     def update(self, feedback: MiningBatch, applied: Tensor | bool) -> None:
         assert feedback.importance is not None
-        rays = cell_pool(feedback, self.pixels.device)
+        rays = rays_of(feedback, self.pixels.device)
         importance = feedback.importance.to(self.pixels.device)
         if self.map is None:
             self._build(importance.nan_to_num(1.0, 1.0).mean())
@@ -118,7 +118,7 @@ class ActiveStrategy(MapStrategy):
             times, self._sunk = divmod(self._sunk, ROOM)
             for part in table.codes.split(dens.CHUNK):
                 part.copy_(dens.scale(part, SCALE**-times))
-            self.map = CellDensity(self.pixels, self.grid, dens.tabulate(table.codes))
+            self.map = CellDensity(self.grid, dens.tabulate(table.codes))
 
     def _spread(
         self, feedback: MiningBatch, cell: Int64[Tensor, " n"], error: UInt8[Tensor, " n"], told: Tensor

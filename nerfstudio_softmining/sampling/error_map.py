@@ -13,7 +13,7 @@ from nerfstudio_softmining.mining import error_map
 from nerfstudio_softmining.sampling.feedback import MiningBatch
 from nerfstudio_softmining.sampling.grid import Grid
 from nerfstudio_softmining.sampling.pixels import CachedPixels
-from nerfstudio_softmining.sampling.strategy import CellDensity, MapStrategy, StrategyConfig, cell_pool
+from nerfstudio_softmining.sampling.strategy import CellDensity, MapStrategy, StrategyConfig, rays_of
 
 GROWTH = 1.5
 """Factor from one interval to the next."""
@@ -64,7 +64,7 @@ class ErrorMapStrategy(MapStrategy):
                 side = max(side, *(-(-size // LARGEST_CELL) for sizes in pixels.sizes for size in sizes))
             rows, columns = (min(side, *sizes) for sizes in zip(*pixels.sizes, strict=True))
             self.error = torch.zeros(self.surroundings.num_images, rows, columns, device=pixels.device)
-        rays = cell_pool(feedback, pixels.device)
+        rays = rays_of(feedback, pixels.device)
         slot = pixels.slot[rays.chart]
         size = torch.stack((pixels.height[slot], pixels.width[slot]), dim=-1)
         value = feedback.error.detach().to(pixels.device) / rays.density
@@ -91,7 +91,7 @@ class ErrorMapStrategy(MapStrategy):
             kept = torch.cat([grid.sums(slot, pixels.keeps(slot).float()) for slot in range(pixels.num_slots)])
             chances = torch.where(kept > 0, chances, 0.0)
         codes = (chances / chances.max() * LARGEST).ceil().to(torch.int32)
-        self.map = CellDensity(pixels, grid, dens.tabulate(codes))
+        self.map = CellDensity(grid, dens.tabulate(codes))
 
     def state_dict(self) -> dict:
         return {"interval": self.interval, "steps": self.steps, "error": self.error, "map_error": self._map_error}

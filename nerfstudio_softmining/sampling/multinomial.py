@@ -75,7 +75,7 @@ class MultinomialStrategy(MapStrategy):
         self._stale = False
 
     def _set(self, grid: Grid, codes: Tensor) -> None:
-        self.map = CellDensity(self.pixels, grid, dens.tabulate(codes))
+        self.map = CellDensity(grid, dens.tabulate(codes))
         if self.map.is_empty():
             self.map = None
 

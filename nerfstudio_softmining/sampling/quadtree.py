@@ -13,7 +13,7 @@ from nerfstudio_softmining.mining import edges
 from nerfstudio_softmining.sampling.feedback import MiningBatch
 from nerfstudio_softmining.sampling.grid import Grid
 from nerfstudio_softmining.sampling.pixels import CachedPixels
-from nerfstudio_softmining.sampling.strategy import CellDensity, MapStrategy, StrategyConfig, cell_pool
+from nerfstudio_softmining.sampling.strategy import CellDensity, MapStrategy, StrategyConfig, rays_of
 
 FINEST = 8
 """Side in pixels below which a leaf is not divided."""
@@ -87,7 +87,7 @@ class QuadtreeStrategy(MapStrategy):
         assert feedback.importance is not None
         importance = feedback.importance.to(self.pixels.device)
         seen = (importance.isfinite() & applied).float()
-        part = self.parts.cell(cell_pool(feedback, self.pixels.device))
+        part = self.parts.cell(rays_of(feedback, self.pixels.device))
         self.error.index_add_(0, part, torch.where(seen > 0, importance, 0.0))
         self.count.index_add_(0, part, seen)
         self._rays += len(importance)
@@ -143,7 +143,7 @@ class QuadtreeStrategy(MapStrategy):
             settled = (config.settled_rays * config.reduction / area).clamp_max(1.0)
             rate = torch.where(level == depth.max(), 1.0, settled)
             codes[part] = torch.where(mass > 0, dens.encode(rate * within / HEADROOM), 0)
-        self.map = CellDensity(pixels, grid, dens.tabulate(codes))
+        self.map = CellDensity(grid, dens.tabulate(codes))
 
     def state_dict(self) -> dict:
         if self.map is not None:

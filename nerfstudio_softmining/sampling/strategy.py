@@ -133,8 +133,8 @@ class Strategy:
 class CellDensity:
     """A density over the kept pixels of all cached images that is the same all over a cell."""
 
-    def __init__(self, pixels: CachedPixels, grid: Grid, table: dens.DiscreteDensity) -> None:
-        self.pixels, self.grid, self.table = pixels, grid, table
+    def __init__(self, grid: Grid, table: dens.DiscreteDensity) -> None:
+        self.pixels, self.grid, self.table = grid.pixels, grid, table
 
     @classmethod
     def of_weights(cls, grid: Grid, weights: Callable[[int], Float[Tensor, "h w"]], description: str) -> CellDensity:
@@ -144,7 +144,7 @@ class CellDensity:
         for slot in pixels.each_slot(description):
             sums = grid.sums(slot, weights(slot) * pixels.mass(slot))
             codes[grid.part(slot)] = dens.encode(sums / grid.side**2)
-        return cls(pixels, grid, dens.tabulate(codes))
+        return cls(grid, dens.tabulate(codes))
 
     def is_empty(self) -> bool:
         """Whether there is nothing to draw. Waits for the device."""
@@ -184,7 +184,7 @@ class MapStrategy(Strategy):
         return rays._replace(density=share + (1 - share) * rays.density), num_uniform
 
 
-def cell_pool(feedback: MiningBatch, device: torch.device) -> Pool:
+def rays_of(feedback: MiningBatch, device: torch.device) -> Pool:
     """The rays of a batch as a pool at the centres of their pixels."""
     indices = feedback.indices.to(device)
     return Pool(indices[:, 0], indices[:, 1:] + 0.5, feedback.density.to(device))
