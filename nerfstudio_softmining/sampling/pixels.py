@@ -14,6 +14,8 @@ from nerfstudio_softmining.mining.langevin import Pool
 
 RUN = 64
 """Pixels of a row that are counted together where not all pixels may be drawn."""
+SHOWN = 1 << 25
+"""Pixels from which a pass over all of them shows its progress."""
 SOLID_ANGLE = 1 << 15
 """Integer that stands for the solid angle of a pixel on the equator."""
 
@@ -96,8 +98,8 @@ class CachedPixels:
         return torch.cat(sums).cumsum(0)
 
     def each_slot(self, description: str):
-        """The slots of all cached images, with a progress bar where there are many."""
-        return track(range(self.num_slots), description, transient=True, disable=self.num_slots < 50)
+        """The slots of all cached images, with a progress bar where that may take a while."""
+        return track(range(self.num_slots), description, transient=True, disable=self.num_pixels < SHOWN)
 
     def image(self, slot: int) -> Float[Tensor, "h w c"]:
         """One cached image; the colours of RGBA are multiplied by alpha."""
