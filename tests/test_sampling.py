@@ -99,7 +99,7 @@ def test_chains_may_start_anew_uniformly(case):
 def test_without_drift_no_gradient_is_asked_for_and_chains_still_diffuse(drift):
     batch, sampler = Case().batch(), make_sampler(drift=drift, uniform_share=0.0, reinit_share=0.0, noise=0.01)
     mining = sampler.sample(batch)[BATCH_KEY]
-    assert (mining.image_gradient is not None) == sampler.wants_gradient == (drift > 0)
+    assert (mining.image_gradient is not None) == sampler.strategy.wants_gradient == (drift > 0)
     before = copy(sampler.strategy.pool)
     sampler.update(feed(mining, importance=torch.zeros(64)))
     assert (sampler.strategy.pool.position != before.position).all() or drift

@@ -277,7 +277,7 @@ def error_map_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]]) -> T
     """Density of the pixels after (indices, error over density) of an interval, by loops."""
     rows, columns = (min(side, *lengths) for lengths in zip(*case.sizes, strict=True))
     size = dict(zip(case.ids, case.sizes, strict=True))
-    error = {i: np.full((rows, columns), 1e-38) for i in case.ids}
+    error = {i: np.full((rows, columns), 1e-30) for i in case.ids}
     for indices, values in told:
         for (i, row, column), value in zip(indices.tolist(), values.tolist(), strict=True):
             if math.isfinite(value):

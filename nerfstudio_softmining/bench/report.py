@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,8 +49,8 @@ def write(preset: Preset, results: dict, output: Path) -> None:
             console.print(f"\n![Iterations to given PSNRs]({name}_speed_up.png)")
             figure = pictures(mine, output / "pictures" / name)
             if figure is not None:
-                figure.savefig(output / f"{name}_pictures.png", dpi=110)
-                console.print(f"\n![Renders and their errors]({name}_pictures.png)")
+                figure.savefig(output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
+                console.print(f"\n![Renders and their errors]({name}_pictures.jpg)")
         comparison = with_paper(preset, runs)
         if comparison is not None:
             console.print("\n## Beside the paper\n")
@@ -83,39 +84,40 @@ def targets(preset: Preset, runs: Runs) -> list[float]:
     if preset.targets:
         return list(preset.targets)
     own = [[r["psnr"] for r in runs if (r["sampler"], r["iteration"]) == (BASELINE, at)] for at in iterations_of(runs)]
-    return sorted({round(float(np.mean(values)), 2) for values in own if values})
+    # rounded down, so that uniform itself reaches them
+    return sorted({math.floor(100 * float(np.mean(values))) / 100 for values in own if values})
 
 
 def iterations(preset: Preset, runs: Runs) -> Table:
     """Iterations needed to reach given PSNRs, and how many times fewer than uniform (figure 2)."""
-    wanted = targets(preset, runs)
-    out = _table("Iterations to a PSNR, and uniform's over these", "sampler", *(f"{psnr:.2f} dB" for psnr in wanted))
-    base = {psnr: reached(runs, BASELINE, psnr) for psnr in wanted}
+    wanted, first = targets(preset, runs), iterations_of(runs)[0]
+    out = _table(
+        "Iterations to a PSNR of the mean over the seeds, and uniform's over these",
+        "sampler",
+        *(f"{psnr:.2f} dB" for psnr in wanted),
+    )
     for sampler in samplers_of(runs):
         cells = []
         for psnr in wanted:
-            mine = reached(runs, sampler, psnr)
-            known = [value for value in mine if value is not None]
-            if len(known) < len(mine):
-                cells.append(NOT_REACHED if not known else f"{NOT_REACHED} ({len(mine) - len(known)} of {len(mine)})")
-                continue
-            theirs = [value for value in base[psnr] if value is not None]
-            ratio = f" ({np.mean(theirs) / np.mean(known):.2f}x)" if theirs and len(theirs) == len(base[psnr]) else ""
-            cells.append(f"{np.mean(known):,.0f}{ratio}")
+            mine, base = reached(runs, sampler, psnr), reached(runs, BASELINE, psnr)
+            if mine is None:
+                cells.append(NOT_REACHED)
+            elif mine == first:
+                cells.append(f"at most {first:,}")
+            else:
+                cells.append(f"{mine:,.0f}" + (f" ({base / mine:.2f}x)" if base is not None else ""))
         out.add_row(sampler, *cells)
     return out
 
 
-def reached(runs: Runs, sampler: str, psnr: float) -> list[float | None]:
-    """For each seed the iteration at which a PSNR is reached, interpolated between evaluations; None if it is not.
-
-    What the first evaluation has passed already is counted as reached there.
-    """
-    out: list[float | None] = []
-    for seed in seeds_of([run for run in runs if run["sampler"] == sampler]):
-        mine = sorted((r["iteration"], r["psnr"]) for r in runs if (r["sampler"], r["seed"]) == (sampler, seed))
-        out.append(crossing(mine, psnr))
-    return out
+def reached(runs: Runs, sampler: str, psnr: float) -> float | None:
+    """The iteration at which the mean over the seeds reaches a PSNR, interpolated between evaluations; None if it does
+    not. What the first evaluation has passed already is counted as reached there."""
+    mine = [run for run in runs if run["sampler"] == sampler]
+    curve = [
+        (at, float(np.mean([run["psnr"] for run in mine if run["iteration"] == at]))) for at in iterations_of(mine)
+    ]
+    return crossing(curve, psnr)
 
 
 def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None:
@@ -208,16 +210,15 @@ def speed_up(preset: Preset, runs: Runs) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     wanted, samplers = targets(preset, runs), [s for s in samplers_of(runs) if s != BASELINE]
-    width = 0.8 / max(1, len(samplers))
+    width, shown = 0.8 / max(1, len(samplers)), set()
     for number, sampler in enumerate(samplers):
         for place, psnr in enumerate(wanted):
             mine, base = reached(runs, sampler, psnr), reached(runs, BASELINE, psnr)
-            ours, theirs = ([value for value in values if value is not None] for values in (mine, base))
-            if not ours or not theirs or len(ours) < len(mine) or len(theirs) < len(base):
-                continue
+            if mine is None or base is None or mine == iterations_of(runs)[0]:
+                continue  # not reached, or no one knows when
             x = place + (number - (len(samplers) - 1) / 2) * width
-            label = sampler if place == 0 else None
-            axes.bar(x, np.mean(theirs) / np.mean(ours), width, color=f"C{number + 1}", label=label)
+            axes.bar(x, base / mine, width, color=f"C{number + 1}", label=None if sampler in shown else sampler)
+            shown.add(sampler)
     axes.axhline(1, color="black", lw=0.8)
     axes.set_xticks(range(len(wanted)), [f"{psnr:.2f} dB" for psnr in wanted])
     axes.set(ylabel="uniform's iterations over the sampler's", xlabel="PSNR of held-out views")

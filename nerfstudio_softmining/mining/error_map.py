@@ -6,7 +6,6 @@ are those of its released code.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -14,6 +13,8 @@ CELLS_PER_ROOT = 3.5
 """Rows and columns of a map are this many times the fourth root of the samples that it is made from."""
 FLOOR = 0.01
 """Share of the draws within a chart that is uniform over its rows, and within a row over its columns."""
+SMALLEST = 1e-30
+"""Added to all errors, so that what has none at all is uniform; no denormal number, which may be flushed to zero."""
 CHART_FLOOR = 0.1
 """Share of the draws that is uniform over the charts."""
 
@@ -41,6 +42,7 @@ def deposit(
         position: place of each sample there, (row, column) in [0, 1].
         value: error of each sample divided by the density it was drawn with.
 
+    >>> import torch
     >>> error = torch.zeros(1, 1, 2)
     >>> deposit(error, torch.tensor([0]), torch.tensor([[0.5, 0.5]]), torch.tensor([1.0]))
     >>> error
@@ -60,12 +62,13 @@ def deposit(
 def probabilities(error: Float[Tensor, "charts rows columns"]) -> Float[Tensor, "charts rows columns"]:
     """Probability of drawing each cell: in proportion to the error, with the floors of charts, rows and columns.
 
+    >>> import torch
     >>> probabilities(torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]))
     tensor([[[0.0025, 0.4975]],
     <BLANKLINE>
             [[0.4975, 0.0025]]])
     """
-    error = error + torch.finfo(error.dtype).tiny
+    error = error + SMALLEST
     of_row, of_chart = error.sum(dim=2), error.sum(dim=(1, 2))
     charts, rows, columns = error.shape
     chart = (1 - CHART_FLOOR) * of_chart / of_chart.sum() + CHART_FLOOR / charts
