@@ -157,7 +157,9 @@ def main(cost: Cost) -> None:
     for kind in cost.kinds:
         for num_images in cost.images:
             with CONSOLE.status(f"{kind}, {num_images} images"):
-                out.add_row(kind, f"{num_images:,}", *measure(cost, kind, num_images, image))
+                row = (kind, f"{num_images:,}", *measure(cost, kind, num_images, image))
+            out.add_row(*row)
+            CONSOLE.print("  ".join(row))  # the table comes at the end, and that may be far
     CONSOLE.print(out)
 
 
