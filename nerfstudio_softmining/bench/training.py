@@ -38,7 +38,7 @@ class Run:
     views: tuple[int, ...]
     """Held-out views that are rendered; all if empty."""
     entries: list[dict]
-    """What its evaluations gave; those that an earlier session made are here from the start."""
+    """What its evaluations gave; those made before it was cut off are here from the start."""
     pictures: Path | None = None
     """Folder for renders of the first view, if they are wanted."""
 
