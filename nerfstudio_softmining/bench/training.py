@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import psutil
 import torch
-from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.scripts.train import _set_random_seed
@@ -140,14 +139,13 @@ def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = No
     Args:
         trainer: what is evaluated.
         views: held-out views by their number; all if empty.
-        picture: file for the first view's truth, render and absolute error, side by side.
+        picture: file for the first view's truth and render, side by side.
 
     Raises:
         UserError: if there is no such view.
     """
     pipeline: Any = trainer.pipeline
     manager = pipeline.datamanager
-    assert isinstance(manager, VanillaDataManager)
     count = len(manager.eval_dataset)
     if any(view >= count for view in views):
         raise UserError(f"views are {list(views)}, but the scene has {count} held-out views, 0 to {count - 1}.")
