@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
-import platform
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.bench import report
 from nerfstudio_softmining.bench.preset import Preset, Scene, read, trainer_config
+from nerfstudio_softmining.bench.results import Results
 from nerfstudio_softmining.bench.training import Run, train
 from nerfstudio_softmining.errors import UserError
 
@@ -39,7 +37,7 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
         UserError: for a preset, a flag or data that can not be used, before anything is run.
     """
     preset = override(read(path), changes)
-    results = Results(output, preset)
+    results = Results(output, preset.at, {scene.path: dataclasses.asdict(scene) for scene in preset.scenes})
     jobs = list(product(preset.seeds, preset.scenes, preset.samplers))
     for seed, scene, sampler in jobs:
         trainer_config(scene, sampler, seed, data, output / "runs")  # to find mistakes before hours have gone by
@@ -51,7 +49,7 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
     with Progress(*COLUMNS, console=CONSOLE) as progress:
         everything = progress.add_task("all runs", total=len(jobs) * preset.at[-1])
         for number, (seed, scene, sampler) in enumerate(jobs):
-            entries = results.entries(scene, sampler, seed)
+            entries = results.entries(scene.path, sampler, seed)
             if entries and entries[-1]["iteration"] == preset.at[-1]:
                 progress.update(everything, completed=(number + 1) * preset.at[-1])
                 continue
@@ -63,7 +61,7 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
                 progress.update(everything, completed=number * preset.at[-1] + done)
 
             def evaluated(entry: dict, task=task, name=name, scene=scene, sampler=sampler, seed=seed) -> None:
-                results.add(scene, sampler, seed, entry)
+                results.add(scene.path, sampler, seed, {"method": scene.method, **entry})
                 progress.update(task, description=f"{name}: {entry['psnr']:.2f} dB at {entry['iteration']}")
 
             is_shown = seed == preset.seeds[0]
@@ -73,7 +71,7 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
                 train(Run(config, preset.at, scene.views, entries, pictures), evaluated, advance)
                 results.succeeded(name)
             except Exception as error:  # whatever it is, the other runs can still be made
-                results.failed(name, error)
+                results.failed(name, f"{type(error).__name__}: {error}")
                 CONSOLE.print(f"[red]{name} failed: {results.content['failures'][name]}[/red]")
             gc.collect()  # a trainer is full of cycles, and holds its memory until they are found
             progress.remove_task(task)
@@ -81,7 +79,7 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
         report.write(preset, results.content, output)
         for scene in report.scenes_of(results.content["runs"]):
             CONSOLE.rule(scene)
-            for table in report.tables(preset, [r for r in results.content["runs"] if r["scene"] == scene]):
+            for table in report.tables(preset.targets, [r for r in results.content["runs"] if r["scene"] == scene]):
                 CONSOLE.print(table)
         CONSOLE.print(f"{output / 'report.md'} has all of it, with plots and pictures.", soft_wrap=True)
     return not results.content["failures"]
@@ -114,63 +112,3 @@ def override(preset: Preset, changes: dict) -> Preset:
         if not values or len(set(values)) < len(values):
             raise UserError(f"--{name} is {list(values)}: name at least one, and each once.")
     return preset
-
-
-class Results:
-    """results.json: what has been run, safe at every moment.
-
-    Args:
-        output: folder that it is in.
-        preset: the comparison; results of the same scenes with other settings are refused.
-    """
-
-    def __init__(self, output: Path, preset: Preset) -> None:
-        self.path = output / "results.json"
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            self.content: dict = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"--output is {output}, which can not be used ({error}). Name another folder.") from error
-        settings = json.loads(
-            json.dumps({"at": preset.at, "scenes": {scene.path: dataclasses.asdict(scene) for scene in preset.scenes}})
-        )
-        before = self.content.setdefault("settings", settings)
-        shared = before["scenes"].keys() & settings["scenes"].keys()
-        if before["at"] != settings["at"] or any(before["scenes"][k] != settings["scenes"][k] for k in shared):
-            raise UserError(
-                f"{self.path} holds runs with other settings ({before}). Name another --output, or the same settings."
-            )
-        before["scenes"].update(settings["scenes"])
-        self.content["versions"] = {name: version(name) for name in ("nerfstudio-softmining", "nerfstudio", "torch")}
-        self.content["versions"]["python"] = platform.python_version()
-        self.content["device"] = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        )
-        self.content.setdefault("runs", [])
-        self.content.setdefault("failures", {})
-
-    def entries(self, scene: Scene, sampler: str, seed: int) -> list[dict]:
-        """Evaluations of one run."""
-        key = (scene.path, sampler, seed)
-        return [entry for entry in self.content["runs"] if (entry["scene"], entry["sampler"], entry["seed"]) == key]
-
-    def add(self, scene: Scene, sampler: str, seed: int, entry: dict) -> None:
-        """Keep an evaluation."""
-        about = {"scene": scene.path, "method": scene.method, "sampler": sampler, "seed": seed}
-        self.content["runs"].append({**about, **entry})
-        self._write()
-
-    def failed(self, name: str, error: Exception) -> None:
-        """Keep why a run failed."""
-        self.content["failures"][name] = f"{type(error).__name__}: {error}"
-        self._write()
-
-    def succeeded(self, name: str) -> None:
-        """Forget that a run failed before."""
-        if self.content["failures"].pop(name, None) is not None:
-            self._write()
-
-    def _write(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
-        part.replace(self.path)

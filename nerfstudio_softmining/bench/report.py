@@ -40,11 +40,11 @@ def write(preset: Preset, results: dict, output: Path) -> None:
         for scene in scenes_of(runs):
             mine = [run for run in runs if run["scene"] == scene]
             console.print(f"\n## {scene}\n")
-            for table in tables(preset, mine):
+            for table in tables(preset.targets, mine):
                 console.print(table)
             name = scene.replace("/", "_")
             convergence(mine).savefig(output / f"{name}_convergence.png", dpi=150)
-            speed_up(preset, mine).savefig(output / f"{name}_speed_up.png", dpi=150)
+            speed_up(preset.targets, mine).savefig(output / f"{name}_speed_up.png", dpi=150)
             console.print(f"\n![PSNR against iterations and seconds]({name}_convergence.png)")
             console.print(f"\n![Iterations to given PSNRs]({name}_speed_up.png)")
             figure = pictures(mine, output / "pictures" / name)
@@ -61,14 +61,17 @@ def write(preset: Preset, results: dict, output: Path) -> None:
                 console.print(f"- {name}: {reason}", soft_wrap=True)
 
 
-def tables(preset: Preset, runs: Runs) -> list[Table]:
-    """PSNR at each evaluation, iterations to given PSNRs, and times; of one scene."""
-    return [quality(runs, "psnr", "PSNR in dB"), quality(runs, "ssim", "SSIM"), iterations(preset, runs), times(runs)]
+def tables(wanted: Sequence[float], runs: Runs) -> list[Table]:
+    """PSNR and SSIM at each evaluation, iterations and seconds to PSNRs, and times; of one scene."""
+    scores = [quality(runs, "psnr", "PSNR in dB")]
+    if any("ssim" in run for run in runs):
+        scores.append(quality(runs, "ssim", "SSIM"))
+    return [*scores, iterations(wanted, runs), equal_seconds(runs), times(runs)]
 
 
 def quality(runs: Runs, key: str, title: str) -> Table:
     """A metric at each evaluation."""
-    out = _table(f"{title}, held-out views", "sampler", "seeds", *(f"{at:,} it." for at in iterations_of(runs)))
+    out = _table(title, "sampler", "seeds", *(f"{at:,} it." for at in iterations_of(runs)))
     for sampler in samplers_of(runs):
         mine = [run for run in runs if run["sampler"] == sampler]
         cells = [
@@ -79,18 +82,18 @@ def quality(runs: Runs, key: str, title: str) -> Table:
     return out
 
 
-def targets(preset: Preset, runs: Runs) -> list[float]:
-    """PSNRs to tell the iterations to: the preset's, or uniform's own mean at each evaluation."""
-    if preset.targets:
-        return list(preset.targets)
+def targets(wanted: Sequence[float], runs: Runs) -> list[float]:
+    """PSNRs to tell the iterations to: those that are wanted, or uniform's own mean at each evaluation."""
+    if wanted:
+        return list(wanted)
     own = [[r["psnr"] for r in runs if (r["sampler"], r["iteration"]) == (BASELINE, at)] for at in iterations_of(runs)]
     # rounded down, so that uniform itself reaches them
     return sorted({math.floor(100 * float(np.mean(values))) / 100 for values in own if values})
 
 
-def iterations(preset: Preset, runs: Runs) -> Table:
+def iterations(wanted: Sequence[float], runs: Runs) -> Table:
     """Iterations needed to reach given PSNRs, and how many times fewer than uniform (figure 2)."""
-    wanted, first = targets(preset, runs), iterations_of(runs)[0]
+    wanted, first = targets(wanted, runs), iterations_of(runs)[0]
     out = _table(
         "Iterations to a PSNR of the mean over the seeds, and uniform's over these",
         "sampler",
@@ -132,6 +135,24 @@ def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None
         if y1 >= level:
             return x0 + (x1 - x0) * (level - y0) / (y1 - y0)
     return None
+
+
+def equal_seconds(runs: Runs) -> Table:
+    """PSNR after as many seconds of training as uniform takes to each evaluation."""
+    base = [run for run in runs if run["sampler"] == BASELINE]
+    marks = [float(np.mean([run["seconds"] for run in base if run["iteration"] == at])) for at in iterations_of(base)]
+    out = _table("PSNR in dB at equal seconds of training", "sampler", *(f"{mark:,.0f} s" for mark in marks))
+    for sampler in samplers_of(runs):
+        mine = [run for run in runs if run["sampler"] == sampler]
+        curve = [
+            [float(np.mean([run[key] for run in mine if run["iteration"] == at])) for key in ("seconds", "psnr")]
+            for at in iterations_of(mine)
+        ]
+        seconds, psnr = zip(*curve, strict=True)
+        within = [seconds[0] <= mark <= seconds[-1] * (1 + 1e-9) for mark in marks]
+        values = np.interp(marks, seconds, psnr)
+        out.add_row(sampler, *(f"{value:.2f}" if known else "-" for value, known in zip(values, within, strict=True)))
+    return out
 
 
 def times(runs: Runs) -> Table:
@@ -186,7 +207,7 @@ def with_paper(preset: Preset, runs: Runs) -> Table | None:
     return out
 
 
-def convergence(runs: Runs) -> Figure:
+def convergence(runs: Runs, of: str = "held-out views") -> Figure:
     """PSNR against iterations and against seconds of training: mean over the seeds, and their range."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2, sharey=True), ("iteration", "seconds"), strict=True):
@@ -200,16 +221,16 @@ def convergence(runs: Runs) -> Figure:
             axes.fill_between(x, [min(p) for p in psnr], [max(p) for p in psnr], color=f"C{number}", alpha=0.15, lw=0)
         axes.set_xlabel("iterations" if key == "iteration" else "seconds of training")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("PSNR of held-out views (dB)")
+    figure.axes[0].set_ylabel(f"PSNR of {of} (dB)")
     figure.axes[1].legend(fontsize="small")
     return figure
 
 
-def speed_up(preset: Preset, runs: Runs) -> Figure:
+def speed_up(wanted: Sequence[float], runs: Runs) -> Figure:
     """How many times fewer iterations than uniform each sampler needs to given PSNRs."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    wanted, samplers = targets(preset, runs), [s for s in samplers_of(runs) if s != BASELINE]
+    wanted, samplers = targets(wanted, runs), [s for s in samplers_of(runs) if s != BASELINE]
     width, shown = 0.8 / max(1, len(samplers)), set()
     for number, sampler in enumerate(samplers):
         for place, psnr in enumerate(wanted):
@@ -221,7 +242,7 @@ def speed_up(preset: Preset, runs: Runs) -> Figure:
             shown.add(sampler)
     axes.axhline(1, color="black", lw=0.8)
     axes.set_xticks(range(len(wanted)), [f"{psnr:.2f} dB" for psnr in wanted])
-    axes.set(ylabel="uniform's iterations over the sampler's", xlabel="PSNR of held-out views")
+    axes.set(ylabel="uniform's iterations over the sampler's", xlabel="PSNR")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
     return figure

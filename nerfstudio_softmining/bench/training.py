@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import pickle
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import psutil
 import torch
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -21,6 +19,7 @@ from nerfstudio.scripts.train import _set_random_seed
 from torch import Tensor
 
 from nerfstudio_softmining import compat
+from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.errors import UserError
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -94,42 +93,6 @@ def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
             shutil.rmtree(checkpoints)  # cut off while it was written
             return _set_up(config, checkpoints)
     return trainer
-
-
-class Meter:
-    """Time of training, without that of evaluation, and memory.
-
-    Args:
-        before: seconds that the run has been trained for already.
-    """
-
-    def __init__(self, before: float) -> None:
-        self.before = before
-        self.durations: list[float] = []
-        self.process = psutil.Process()
-        self.peak = 0
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.durations.append(time.perf_counter() - self.start)
-        if not torch.cuda.is_available():
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def read(self, rays: int) -> dict[str, float | int]:
-        """What an entry says of time and memory."""
-        step = float(np.median(self.durations)) if self.durations else math.nan
-        return {
-            "seconds": round(self.before + sum(self.durations), 3),
-            "seconds_per_step": round(step, 5),
-            "rays_per_second": round(rays / step) if step > 0 else 0,
-            "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak,
-        }
 
 
 @torch.no_grad()

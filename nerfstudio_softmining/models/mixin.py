@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from nerfstudio.cameras.rays import RayBundle, RaySamples
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.data.datamanager import RAY_OFFSETS, SoftMiningDataManager
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.mining import importance as imp
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
+from nerfstudio_softmining.sampling.loss import SoftMinedLoss, WeightBy
 
 SURFACE = 0.5
 """Accumulated opacity from which a ray is taken to see a surface."""
@@ -32,7 +32,7 @@ class SoftMiningConfig:
     forward-facing."""
     alpha_warmup: int = 1000
     """Training steps over which alpha rises from 0 (section 3.3)."""
-    weight_by: Literal["density", "importance"] = "density"
+    weight_by: WeightBy = "density"
     """Weigh a ray by the density it was drawn with, which is Q only for the chains, or any ray by its Q."""
 
     def __post_init__(self) -> None:
@@ -42,43 +42,6 @@ class SoftMiningConfig:
             raise UserError(
                 f"--pipeline.model.alpha-warmup is {self.alpha_warmup}: it is a number of steps, 0 or more."
             )
-
-
-class SoftMinedLoss(nn.Module):
-    """Mean squared error, weighted by soft mining while a mining batch is at hand (eq. 9).
-
-    Takes the place of a model's reconstruction loss, so that a random background is drawn once, by the model itself.
-    """
-
-    def __init__(self, config: SoftMiningConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.batch: MiningBatch | None = None
-
-    def forward(self, truth: Tensor, prediction: Tensor) -> Tensor:
-        """Loss of colours [rays, channels] against the truth."""
-        if self.batch is None:
-            return nn.functional.mse_loss(prediction, truth)
-        prediction, truth = prediction.float(), truth.float()
-        batch = self.batch
-        batch.importance = imp.l1_importance(prediction, truth)
-        batch.error = imp.squared_error(prediction, truth)
-        if batch.reweighted:
-            alpha = imp.warmed_up(self.config.alpha, batch.step, self.config.alpha_warmup)
-            batch.weighted_error = imp.soft_weights(self._density(batch, batch.importance), alpha) * batch.error
-        else:
-            batch.weighted_error = batch.error
-        if batch.coords is not None and batch.weighted_error.requires_grad:
-            batch.weighted_error.retain_grad()
-        return batch.weighted_error.mean()
-
-    def _density(self, batch: MiningBatch, importance: Tensor) -> Tensor:
-        """Density p / u of each ray; for those that follow Q it is their importance over the mean of uniform rays."""
-        known = batch.density.to(importance.device)
-        uniform = importance[len(importance) - batch.num_uniform :]
-        reference = (uniform if batch.num_uniform else importance).mean()
-        estimated = imp.relative_density(importance, reference)
-        return estimated if self.config.weight_by == "importance" else torch.where(known.isnan(), estimated, known)
 
 
 class SoftMiningMixin(Model):
@@ -96,7 +59,7 @@ class SoftMiningMixin(Model):
         with compat.lazy_lpips():
             super().populate_modules()
         compat.tell_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
-        self.rgb_loss = SoftMinedLoss(self.config)
+        self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.alpha_warmup, self.config.weight_by)
         self._outer_sampler().register_forward_hook(_attach_pixel_gradient)
 
     def _outer_sampler(self) -> Sampler:

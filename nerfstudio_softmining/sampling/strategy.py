@@ -23,6 +23,22 @@ from nerfstudio_softmining.sampling.pixels import CachedPixels, pixel
 FLAG = "--pipeline.datamanager.pixel-sampler"
 
 
+@dataclass(frozen=True)
+class Flags:
+    """How messages name settings."""
+
+    setting: str = FLAG + ".{kind}.{name}"
+    """A setting of one kind of sampler."""
+    batch: str = "--pipeline.datamanager.train-num-rays-per-batch"
+    """Rays of a batch."""
+    map_memory: str = FLAG + ".map-memory"
+    """Memory of a map."""
+
+    def of(self, kind: str, name: str) -> str:
+        """The flag of a field of a kind's settings."""
+        return self.setting.format(kind=kind, name=name.replace("_", "-"))
+
+
 @dataclass
 class StrategyConfig:
     """Settings of one way of choosing pixels."""
@@ -30,14 +46,14 @@ class StrategyConfig:
     positive: ClassVar[tuple[str, ...]] = ()
     """Settings that can not be 0."""
 
-    def check(self, kind: str) -> None:
+    def check(self, kind: str, flags: Flags = Flags()) -> None:  # noqa: B008
         """Refuse what makes no sense: shares out of [0, 1], anything else below 0.
 
         Raises:
             UserError: naming the flag, its value and what it may be.
         """
         for field in fields(self):
-            value, flag = getattr(self, field.name), f"{FLAG}.{kind}.{field.name.replace('_', '-')}"
+            value, flag = getattr(self, field.name), flags.of(kind, field.name)
             if field.name.endswith("share") and not 0 <= value <= 1:
                 raise UserError(f"{flag} is {value}: a share lies in [0, 1], such as 0.1.")
             if field.name in self.positive and value < 1:
@@ -62,6 +78,8 @@ class Surroundings:
     """Gives Q of any pixels (image, row, column) with the network as it is."""
     cameras: Cameras | None = None
     """Cameras of the data set."""
+    flags: Flags = Flags()
+    """How messages name settings."""
 
 
 class Strategy:
@@ -108,8 +126,8 @@ class Strategy:
         number = round(share * rays)
         if (share > 0 and number == 0) or (share < 1 and number == rays):
             raise UserError(
-                f"a batch of {rays} rays is too small for its strata: {FLAG}.{self.kind}.{name.replace('_', '-')} "
-                f"{share} makes {number} of them uniform. Set --pipeline.datamanager.train-num-rays-per-batch to "
+                f"a batch of {rays} rays is too small for its strata: {self.surroundings.flags.of(self.kind, name)} "
+                f"{share} makes {number} of them uniform. Set {self.surroundings.flags.batch} to "
                 f"{math.ceil(0.5 / min(share, 1 - share)) + 1} or more."
             )
         return number
@@ -125,7 +143,7 @@ class Strategy:
             CONSOLE.print(
                 f"[yellow]{self.pixels.num_pixels / 1e6:,.0f} million pixels: {what} are kept in cells of {side} x "
                 f"{side} pixels instead of {asked} x {asked} to fit {self.surroundings.map_memory} GB "
-                f"({FLAG}.map-memory).[/yellow]"
+                f"({self.surroundings.flags.map_memory}).[/yellow]"
             )
         return Grid.of_side(self.pixels, side)
 
