@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.images.config import FitConfig
 
 
 def demo(output: Path = Path("softmining_demo"), iterations: int = 1000, seed: int = 42) -> int:
@@ -73,6 +74,52 @@ def bench(
     return 0 if run_bench(preset, data, output or Path("outputs/bench") / preset.stem, changes) else 1
 
 
+def image(
+    photo: tyro.conf.Positional[Path],
+    output: Path | None = None,
+    samplers: tuple[str, ...] = ("langevin",),
+    seeds: tuple[int, ...] = (0,),
+    at: tuple[int, ...] = (500, 1000, 2000, 5000),
+    config: tyro.conf.OmitArgPrefixes[FitConfig] = FitConfig(),  # noqa: B008
+) -> int:
+    """Fit a field to a photograph, and show what comes out.
+
+    After Ctrl-C, or with more iterations in --at, the same command goes on.
+
+    Args:
+        photo: Any image that OpenCV reads: 8 or 16 bit, .exr or .hdr; grey, RGB or RGBA.
+        output: Folder for reconstructions, plots, results.json and checkpoints; outputs/image/PHOTO if not given.
+        samplers: How points are chosen: uniform, uniform-weighted, edge, langevin, multinomial, error-map, quadtree,
+            greedy, evos; each with settings of its own after commas, as in langevin,drift=0.
+        seeds: Seeds of the fits.
+        at: Iterations at which PSNR is kept; the last ends a fit.
+        config: The rest.
+    """
+    from nerfstudio_softmining.images.image import run_image
+
+    return run_image(photo, output or Path("outputs/image") / photo.stem, samplers, seeds, at, config)
+
+
+def render(
+    checkpoint: tyro.conf.Positional[Path],
+    output: Path,
+    size: tuple[int, int] | None = None,
+    scale: float = 1.0,
+) -> int:
+    """Render what `softmining image` has learnt, at any resolution.
+
+    Args:
+        checkpoint: A checkpoint.pt in the runs/ that `softmining image` has left.
+        output: File of the picture; its suffix becomes .png, or .exr for high dynamic range.
+        size: Height and width in pixels.
+        scale: Factor on the photograph's size, if no size is given.
+    """
+    from nerfstudio_softmining.images.image import run_render
+
+    run_render(checkpoint, output, size, scale)
+    return 0
+
+
 def doctor() -> int:
     """Say what is installed, what works with it and how to get what is missing."""
     from nerfstudio_softmining.doctor import run_doctor
@@ -84,7 +131,7 @@ def main() -> int:
     """Run the command line; the result is the exit code."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "bench": bench, "doctor": doctor},
+            {"demo": demo, "bench": bench, "image": image, "render": render, "doctor": doctor},
             prog="softmining",
             description="Soft mining for nerfstudio.",
         )

@@ -120,9 +120,9 @@ def test_draws_are_exact_beyond_2_to_the_24_entries():
 def test_draws_are_uniform_up_to_the_largest_total():
     """From the sums alone of three equal blocks, too large for entries that fit here: which block an entry is in."""
     for total in (2**62, 2**62 * 2 // 3, 2**61 + 2**60, 2**60 // 7 * 6):
-        sums = torch.tensor([total // 3] * 3)
+        sums = torch.tensor([total // 3] * 3 + [0] * (dens.BRANCHES - 3))
         entry = dens.draw(dens.DiscreteDensity(torch.ones(96, dtype=torch.int32), (sums,)), 50_000, seeded()).entry
-        assert p_value(torch.bincount(entry // 32, minlength=3), torch.full((3,), 1 / 3)) > 1e-4
+        assert p_value(torch.bincount(entry // dens.BRANCHES, minlength=3), torch.full((3,), 1 / 3)) > 1e-4
 
 
 @DTYPES
@@ -279,5 +279,5 @@ def test_memory_of_a_large_density_is_what_is_said(dtype):
     density = dens.tabulate(codes)
     assert density.codes.data_ptr() == codes.data_ptr()
     real = sum(part.untyped_storage().nbytes() for part in (density.codes, *density.sums))
-    assert real / len(codes) == pytest.approx(dens.bytes_per_entry(codes.element_size()), rel=1e-4)
+    assert real / len(codes) == pytest.approx(dens.bytes_per_entry(codes.element_size()), rel=1e-3)
     assert len(density.sums[-1]) <= dens.BRANCHES

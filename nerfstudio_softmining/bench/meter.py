@@ -35,11 +35,16 @@ class Meter:
         if not torch.cuda.is_available():
             self.peak = max(self.peak, self.process.memory_info().rss)
 
+    @property
+    def seconds(self) -> float:
+        """Time of training so far."""
+        return self.before + sum(self.durations)
+
     def read(self, rays: int) -> dict[str, float | int]:
         """What an entry says of time and memory."""
         step = float(np.median(self.durations)) if self.durations else math.nan
         return {
-            "seconds": round(self.before + sum(self.durations), 3),
+            "seconds": round(self.seconds, 3),
             "seconds_per_step": round(step, 5),
             "rays_per_second": round(rays / step) if step > 0 else 0,
             "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak,

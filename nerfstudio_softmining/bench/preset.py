@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 
 from nerfstudio_softmining import compat
+from nerfstudio_softmining.bench.settings import apply
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.sampling.sampler import STRATEGIES
 
@@ -124,29 +124,11 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     if name in STRATEGIES:
         places.append(places[-1].of_kind(name))
     for setting in (*scene.set, *own):
-        _apply(setting, places, required=setting in own, sampler=sampler)
+        apply(setting, places, required=setting in own, sampler=sampler)
     for place in places:
         if hasattr(place, "__post_init__"):
             place.__post_init__()  # refuses what makes no sense
     return config
-
-
-def _apply(setting: str, places: list, required: bool, sampler: str) -> None:
-    """Set name=value wherever that name is; settings that all samplers share may be unknown to some."""
-    key, equals, value = setting.partition("=")
-    owners = [place for place in places if hasattr(place, key)]
-    if not equals or (required and not owners):
-        raise UserError(f"{sampler!r} has {setting!r}: neither the model nor the sampler has a setting {key!r}.")
-    for owner in owners:
-        setattr(owner, key, _literal(value))
-
-
-def _literal(text: str) -> Any:
-    """A number, tuple or truth value as Python writes it, else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _dataparser(name: str) -> Any:

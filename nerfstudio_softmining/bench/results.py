@@ -20,9 +20,10 @@ class Results:
         output: folder that it is in.
         at: iterations at which runs are evaluated.
         scenes: the settings of each scene; results of the same scenes with other settings are refused.
+        may_grow: whether runs can be gone on with, to more evaluations after those that there are.
     """
 
-    def __init__(self, output: Path, at: Sequence[int], scenes: dict[str, dict]) -> None:
+    def __init__(self, output: Path, at: Sequence[int], scenes: dict[str, dict], may_grow: bool = False) -> None:
         self.path = output / "results.json"
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -31,6 +32,8 @@ class Results:
             raise UserError(f"--output is {output}, which can not be used ({error}). Name another folder.") from error
         settings = json.loads(json.dumps({"at": at, "scenes": scenes}))
         before = self.content.setdefault("settings", settings)
+        if may_grow and settings["at"][: len(before["at"])] == before["at"]:
+            before["at"] = settings["at"]
         shared = before["scenes"].keys() & settings["scenes"].keys()
         if before["at"] != settings["at"] or any(before["scenes"][k] != settings["scenes"][k] for k in shared):
             raise UserError(

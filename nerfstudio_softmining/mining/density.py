@@ -30,7 +30,8 @@ class DiscreteDensity(NamedTuple):
     codes: UInt8[Tensor, " n"] | Int32[Tensor, " n"]
     """Weights: bytes on a logarithmic scale (see [encode][]), or integers as they are, which take 4 bytes an entry."""
     sums: tuple[Int64[Tensor, " blocks"], ...]
-    """Sums of the weights of 32 entries, of 32 of those, and so on, down to at most 32 sums."""
+    """Sums of the weights of 32 entries, of 32 of those, and so on, down to 32 sums; zeros at the end of each level
+    make its length a multiple of 32."""
 
 
 class Draw(NamedTuple):
@@ -77,14 +78,19 @@ def tabulate(codes: UInt8[Tensor, " n"] | Int32[Tensor, " n"]) -> DiscreteDensit
     values = codes
     while not sums or len(values) > BRANCHES:
         parts = [_block_sums(values[start : start + CHUNK]) for start in range(0, max(len(values), 1), CHUNK)]
-        values = torch.cat(parts)
+        values = _padded(torch.cat(parts))
         sums.append(values)
     return DiscreteDensity(codes, tuple(sums))
 
 
 def _block_sums(values: Tensor) -> Tensor:
     values = values if values.dtype == torch.int64 else weight(values)
-    return torch.nn.functional.pad(values, (0, -len(values) % BRANCHES)).view(-1, BRANCHES).sum(dim=1)
+    return _padded(values).view(-1, BRANCHES).sum(dim=1)
+
+
+def _padded(values: Tensor) -> Tensor:
+    """Values and zeros, a whole number of blocks."""
+    return torch.nn.functional.pad(values, (0, -len(values) % BRANCHES))
 
 
 def total(density: DiscreteDensity) -> Int64[Tensor, ""]:
@@ -134,9 +140,11 @@ def _below(end: Tensor, bits: Tensor) -> Tensor:
 
 def _children(values: Tensor, block: Tensor) -> Tensor:
     """Weights [k, 32] of the entries of some blocks; 0 past the end."""
+    if len(values) % BRANCHES == 0:
+        chosen = values.view(-1, BRANCHES).index_select(0, block)
+        return chosen if chosen.dtype == torch.int64 else weight(chosen)
     index = block[:, None] * BRANCHES + torch.arange(BRANCHES, device=block.device)
-    chosen = values[index.clamp_max(len(values) - 1)]
-    chosen = chosen if chosen.dtype == torch.int64 else weight(chosen)
+    chosen = weight(values[index.clamp_max(len(values) - 1)])
     return torch.where(index < len(values), chosen, 0)
 
 

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+SPARE = 64
+"""Starts that are drawn for chains that leave, at least."""
+
 
 class Pool(NamedTuple):
     """Positions of the chains. A chain lives on one of several charts: images of a data set, say, or one square.
@@ -115,7 +118,8 @@ def step(
 ) -> tuple[Pool, Info]:
     """Move every chain by x + a grad log Q(x) + b eta (eq. 10), then re-initialise those that left or have low Q.
 
-    O(n), no host synchronisation.
+    O(n), no host synchronisation. Starts are drawn for the chains of low Q and for a sixteenth of all, which may leave;
+    when more than that leave at once, some share a start.
 
     Args:
         pool: the chains.
@@ -143,10 +147,14 @@ def step(
     >>> info.left, info.low
     (tensor([False,  True, False]), tensor([False, False,  True]))
     """
+    count = len(importance)
     eta = torch.empty_like(pool.position).normal_(generator=generator)
     moved = Pool(pool.chart, pool.position + drift * grad_log_q + noise * eta, torch.full_like(pool.density, torch.nan))
     info = Info(left=~domain.contains(moved), low=lowest(importance, reinit_share))
-    return select(info.left | info.low, domain.propose(len(importance)), moved), info
+    anew = info.left | info.low
+    starts = domain.propose(min(count, round(reinit_share * count) + max(SPARE, count // 16)))
+    place = (anew.cumsum(0) - 1) % len(starts.chart)
+    return select(anew, Pool(*(part[place] for part in starts)), moved), info
 
 
 def select(condition: Bool[Tensor, " n"] | Bool[Tensor, ""], chosen: Pool, other: Pool) -> Pool:

@@ -15,6 +15,9 @@ from nerfstudio_softmining.sampling.feedback import MiningBatch
 from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.strategy import CellDensity, Strategy, StrategyConfig, concatenate
 
+RESERVOIR = 1 << 14
+"""Starts that are drawn at a time, as a draw of many costs little more than one of few."""
+
 
 @dataclass
 class LangevinConfig(StrategyConfig):
@@ -45,6 +48,8 @@ class LangevinStrategy(Strategy):
 
     config: LangevinConfig
     pool: Pool | None = None
+    _starts: Pool | None = None
+    """Starts that are drawn and not used yet."""
 
     @property
     def wants_gradient(self) -> bool:  # type: ignore[override]
@@ -53,7 +58,7 @@ class LangevinStrategy(Strategy):
 
     def cache(self, pixels: CachedPixels) -> None:
         super().cache(pixels)
-        self.edges = None
+        self.edges = self._starts = None
         if self.config.reinit_from == "edges":
             grid = self.make_grid("edges", dens.bytes_per_entry())
             self.edges = CellDensity.of_weights(grid, lambda slot: edges.sobel(pixels.image(slot)), "Finding edges")
@@ -109,14 +114,25 @@ class LangevinStrategy(Strategy):
 
     def propose(self, count: int) -> Pool:
         """Draw the starts of re-initialised chains; uniformly where there is no edge."""
-        return self.pixels.uniform(count) if self.edges is None else self.edges.draw(count)
+        if self.edges is None:
+            return self.pixels.uniform(count)
+        starts = self._starts
+        if starts is None or len(starts.chart) < count:
+            starts = self.edges.draw(max(count, RESERVOIR))
+        self._starts = Pool(*(part[count:] for part in starts))
+        return Pool(*(part[:count] for part in starts))
 
     def state_dict(self) -> dict:
-        return {} if self.pool is None else {"pool": self.pool._asdict()}
+        if self.pool is None:
+            return {}
+        starts = None if self._starts is None else {name: part.clone() for name, part in self._starts._asdict().items()}
+        return {"pool": self.pool._asdict(), "starts": starts}
 
     def load_state_dict(self, state: dict) -> None:
         if state:
             pool = Pool(**{name: part.to(self.pixels.device) for name, part in state["pool"].items()})
+            if state["starts"] is not None:
+                self._starts = Pool(**{name: part.to(self.pixels.device) for name, part in state["starts"].items()})
             self.pool = self._on_cached_images(pool)
 
     def _on_cached_images(self, pool: Pool) -> Pool:

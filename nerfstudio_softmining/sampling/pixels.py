@@ -37,6 +37,7 @@ class CachedPixels:
         use_mask: whether pixels outside of the `mask`, if there is one, are left out.
         fisheye_crop_radius: radius in pixels around the centre outside of which nothing is drawn, or None.
         is_equirectangular: whether rows stand for latitudes, whose pixels count by their solid angle.
+        premultiplied: whether the colours of RGBA images are multiplied by alpha already.
         generator: source of randomness on the images' device.
     """
 
@@ -48,6 +49,7 @@ class CachedPixels:
         use_mask: bool = True,
         fisheye_crop_radius: float | None = None,
         is_equirectangular: bool = False,
+        premultiplied: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         images = image_batch["image"]
@@ -69,7 +71,7 @@ class CachedPixels:
         self.values = {key: value for key in image_batch if (value := _joined(image_batch, key)) is not None}
 
         self._mask = self.values.get("mask") if use_mask else None
-        self._crop = fisheye_crop_radius
+        self._crop, self._premultiplied = fisheye_crop_radius, premultiplied
         self.is_equirectangular = is_equirectangular
         self.all_kept = self._mask is None and fisheye_crop_radius is None
         """Whether every pixel may be drawn."""
@@ -104,7 +106,7 @@ class CachedPixels:
     def image(self, slot: int) -> Float[Tensor, "h w c"]:
         """One cached image; the colours of RGBA are multiplied by alpha."""
         image = self._part("image", slot).float()
-        if image.shape[-1] == 4:
+        if image.shape[-1] == 4 and not self._premultiplied:
             image = torch.cat((image[..., :3] * image[..., 3:], image[..., 3:]), dim=-1)
         return image
 

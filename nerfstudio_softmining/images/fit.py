@@ -1,0 +1,287 @@
+"""The fit of one field to one photograph: a training step, its evaluation, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from nerfstudio_softmining import compat
+from nerfstudio_softmining.bench.settings import apply
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.images.config import FitConfig
+from nerfstudio_softmining.images.field import Field
+from nerfstudio_softmining.images.photo import Encoding, Photo
+from nerfstudio_softmining.images.rivals import (
+    EvosConfig,
+    EvosStrategy,
+    FitSurroundings,
+    GreedyConfig,
+    GreedyStrategy,
+    UniformConfig,
+    UniformStrategy,
+)
+from nerfstudio_softmining.sampling.edge import EdgeConfig, EdgeStrategy
+from nerfstudio_softmining.sampling.error_map import ErrorMapConfig, ErrorMapStrategy
+from nerfstudio_softmining.sampling.feedback import MiningBatch
+from nerfstudio_softmining.sampling.langevin import LangevinConfig, LangevinStrategy
+from nerfstudio_softmining.sampling.loss import SoftMinedLoss
+from nerfstudio_softmining.sampling.multinomial import MultinomialConfig, MultinomialStrategy
+from nerfstudio_softmining.sampling.pixels import CachedPixels
+from nerfstudio_softmining.sampling.quadtree import QuadtreeConfig, QuadtreeStrategy
+from nerfstudio_softmining.sampling.strategy import Flags, Strategy, StrategyConfig, indices_of
+
+SAMPLERS: dict[str, tuple[Callable[[], StrategyConfig], type[Strategy]]] = {
+    "uniform": (UniformConfig, UniformStrategy),
+    "uniform-weighted": (UniformConfig, UniformStrategy),
+    "edge": (EdgeConfig, EdgeStrategy),
+    "langevin": (lambda: LangevinConfig(drift=1e-5, noise=1e-3), LangevinStrategy),  # section 4.1
+    "multinomial": (MultinomialConfig, MultinomialStrategy),
+    "error-map": (ErrorMapConfig, ErrorMapStrategy),
+    "quadtree": (QuadtreeConfig, QuadtreeStrategy),
+    "greedy": (GreedyConfig, GreedyStrategy),
+    "evos": (EvosConfig, EvosStrategy),
+}
+"""Settings and class of each way of choosing points."""
+FLAGS = Flags(setting="--samplers {kind},{name}", batch="--batch", map_memory="map memory")
+DECAY = 0.33
+"""Factor on the learning rate, as in Instant-NGP's settings for photographs."""
+MAP_MEMORY = 2.0
+"""Gigabytes that a map of edges or errors may take."""
+EVALUATED = 1 << 20
+"""Pixels that PSNR is of, in photographs that have more: one at random of each of as many equal parts."""
+CHUNK = 1 << 16
+"""Points that are evaluated at a time."""
+REMEMBERED = 50
+"""Batches that the picture of draws is made of."""
+
+
+@dataclass
+class Settings:
+    """What one fit is of, apart from the photograph."""
+
+    sampler: str
+    """Way of choosing points, with settings of its own after commas, as in langevin,drift=0."""
+    seed: int
+    """Seed of the field's start and of the draws."""
+    iterations: int
+    """Training steps."""
+    config: FitConfig
+    """The rest, with the sampler's own settings applied."""
+    strategy: StrategyConfig
+    """Settings of the way of choosing points."""
+
+    @property
+    def kind(self) -> str:
+        """The way of choosing points, without settings."""
+        return self.sampler.partition(",")[0]
+
+
+def make_settings(sampler: str, seed: int, iterations: int, config: FitConfig) -> Settings:
+    """Settings of a fit from the command line.
+
+    Raises:
+        UserError: if the sampler is not known, or a setting of its own makes no sense.
+    """
+    kind, *own = sampler.split(",")
+    if kind not in SAMPLERS:
+        raise UserError(f"--samplers has {kind!r}. Photographs have {', '.join(SAMPLERS)}.")
+    config, strategy = deepcopy(config), SAMPLERS[kind][0]()
+    if kind == "uniform-weighted":
+        config.weight_by = "importance"
+    for setting in own:
+        apply(setting, (config, strategy), required=True, sampler=sampler)
+    config.__post_init__()
+    strategy.check(kind, FLAGS)
+    return Settings(sampler, seed, iterations, config, strategy)
+
+
+class Fit:
+    """A field in training.
+
+    Args:
+        photo: what it is fitted to, on the device of the training.
+        settings: how.
+    """
+
+    def __init__(self, photo: Photo, settings: Settings) -> None:
+        self.photo, self.settings, self.config = photo, settings, settings.config
+        device = photo.values.device
+        self.size = torch.tensor(photo.size, dtype=torch.float32, device=device)
+        torch.manual_seed(settings.seed)
+        self.field = Field(self.config, photo.size, photo.values.shape[2], device)
+        self.optimizer = torch.optim.Adam(
+            self.field.parameters(), self.config.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, self.config.decay_at, DECAY)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.loss = SoftMinedLoss(self.config.alpha, self.config.alpha_warmup, self.config.weight_by)
+        self.strategy = self._make_strategy()
+        self.iteration = 0
+        self.drawn: deque[Tensor] = deque(maxlen=REMEMBERED)
+        """Positions of the last batches."""
+
+    def _make_strategy(self) -> Strategy:
+        surroundings = FitSurroundings(
+            num_images=1,
+            generator=self.generator,
+            cell_side=1,
+            map_memory=MAP_MEMORY,
+            evaluate=lambda indices: self.residual(indices[:, 1:]).abs().mean(dim=-1),
+            flags=FLAGS,
+            residual=self.residual,
+            iterations=self.settings.iterations,
+        )
+        kind = self.settings.kind
+        strategy = SAMPLERS[kind][1](self.settings.strategy, kind, surroundings)
+        images = {"image": self.photo.values[None], "image_idx": torch.zeros(1, dtype=torch.int64)}
+        strategy.cache(CachedPixels(images, 1, premultiplied=True, generator=self.generator))
+        return strategy
+
+    def step(self) -> None:
+        """Train on one batch."""
+        strategy = self.strategy
+        pool, num_uniform = strategy.draw(self.config.batch)
+        batch = MiningBatch(
+            indices_of(pool), pool.density, num_uniform, strategy.config.reweighted, step=self.iteration
+        )
+        position = pool.position.detach()
+        if strategy.wants_gradient:
+            batch.coords = position.requires_grad_()
+        self.loss.batch = batch
+        truth = self.photo.lookup(position if self.config.photo_gradient else position.detach())
+        loss = self.loss(truth, self.field(position / self.size))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        strategy.update(batch, applied=True)
+        self.drawn.append(position.detach())
+        self.iteration += 1
+
+    @torch.no_grad()
+    def predict(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
+        """Values at points (row, column) of the unit square."""
+        return torch.cat([self.field(chunk) for chunk in points.split(CHUNK)])
+
+    def residual(self, pixels: Int64[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
+        """Prediction minus truth at the centres of pixels (row, column)."""
+        return torch.cat(
+            [self.predict((chunk + 0.5) / self.size) - self.photo.at(chunk) for chunk in pixels.split(CHUNK)]
+        )
+
+    def psnr(self, count: int = EVALUATED) -> float:
+        """PSNR in dB over `count` pixels, one at random of each of as many equal parts and always the same; over all
+        if there are no more."""
+        height, width = self.photo.size
+        device, total = self.size.device, height * width
+        metric = PeakSignalNoiseRatio(data_range=1.0).to(device)
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, min(count, total), CHUNK):
+            index = torch.arange(start, min(start + CHUNK, count, total), dtype=torch.float64)
+            if count < total:
+                index = (index + torch.rand(len(index), generator=generator, dtype=torch.float64)) * (total / count)
+            index = index.long().clamp_max(total - 1).to(device)
+            pixels = torch.stack((index // width, index % width), dim=-1)
+            truth = self.photo.at(pixels)
+            metric.update(self.predict((pixels + 0.5) / self.size).clamp(0, 1), truth)
+        return float(metric.compute())
+
+    def render(self, size: tuple[int, int]) -> Iterator[Float[Tensor, "rows w c"]]:
+        """The picture of a given height and width, some rows at a time, on the CPU."""
+        return render(self.field, size, self.size.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes to go on."""
+        return {
+            "photo": {"size": self.photo.size, "fingerprint": fingerprint(self.photo)},
+            "encoding": dataclasses.asdict(self.photo.encoding),
+            "sampler": self.settings.sampler,
+            "seed": self.settings.seed,
+            "config": dataclasses.asdict(self.config),
+            "iteration": self.iteration,
+            "field": self.field.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "generator": self.generator.get_state(),
+            "drawn": list(self.drawn),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of the same photograph and settings."""
+        self.iteration = state["iteration"]
+        self.field.load_state_dict(state["field"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.strategy.load_state_dict(state["strategy"])
+        self.generator.set_state(state["generator"].cpu())
+        self.drawn.extend(state["drawn"])
+
+
+def fingerprint(photo: Photo) -> str:
+    """A number by which a photograph is known again."""
+    return hashlib.sha256(photo.values.cpu().numpy().data).hexdigest()[:16]
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that there is a whole one at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file. Name the checkpoint.pt of an image fit.")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises almost anything
+        raise UserError(f"{path} is not the checkpoint of an image fit ({error}).") from error
+    if not isinstance(state, dict) or not {"field", "encoding", "config", "photo"} <= state.keys():
+        raise UserError(f"{path} is not the checkpoint of an image fit. Name a checkpoint.pt in its runs/.")
+    return state
+
+
+def load_field(state: dict[str, Any], device: torch.device) -> tuple[Field, Encoding]:
+    """The field of a checkpoint, and the way back to the values of its photograph's file."""
+    config = FitConfig(**{**state["config"], "decay_at": tuple(state["config"]["decay_at"])})
+    encoding = Encoding(**state["encoding"])
+    with compat.fork_random_state():
+        field = Field(config, tuple(state["photo"]["size"]), encoding.channels, device)
+    field.load_state_dict(state["field"])
+    return field, encoding
+
+
+@torch.no_grad()
+def render(field: Field, size: tuple[int, int], device: torch.device) -> Iterator[Float[Tensor, "rows w c"]]:
+    """The picture of a given height and width, some rows at a time, on the CPU."""
+    height, width = size
+    rows = max(1, CHUNK // width)
+    column = (torch.arange(width, device=device) + 0.5) / width
+    for start in range(0, height, rows):
+        row = (torch.arange(start, min(start + rows, height), device=device) + 0.5) / height
+        points = torch.cartesian_prod(row, column)
+        yield torch.cat([field(chunk) for chunk in points.split(CHUNK)]).view(len(row), width, -1).cpu()
+
+
+def num_parts(size: tuple[int, int]) -> int:
+    """How many parts `render` gives."""
+    return math.ceil(size[0] / max(1, CHUNK // size[1]))

@@ -1,0 +1,179 @@
+"""A photograph: read from any file that OpenCV reads, looked up between its pixels, and written as it was read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nerfstudio_softmining.errors import UserError
+
+os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")  # OpenCV looks when it first meets an .exr
+import cv2  # noqa: E402
+
+INTEGER_LIMITS = {"uint8": 255, "uint16": 65535}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How values in a file become values in [0, 1], in which errors are measured.
+
+    Integers are divided by their limit. High dynamic range is compressed, as an error in a lamp would outweigh all
+    others: x becomes sign(x) log(1 + |x| / unit), with the median of |x| as the unit, stretched from `low` - `high` to
+    [0, 1]. Colours are multiplied by alpha, so that what can not be seen is not fitted.
+    """
+
+    dtype: str
+    """uint8, uint16 or float32."""
+    channels: int
+    """1 grey, 3 RGB, 4 RGBA."""
+    unit: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def encode(self, values: NDArray) -> Tensor:
+        """Values of a file [h, w, c] in the order RGBA as float32 in [0, 1]."""
+        if self.dtype in INTEGER_LIMITS:
+            encoded = torch.from_numpy(values).to(torch.float32).div_(INTEGER_LIMITS[self.dtype])
+        else:
+            encoded = torch.from_numpy(values.astype(np.float32))
+            colours = encoded[..., :3]
+            colours.copy_((_compress(colours, self.unit) - self.low) / (self.high - self.low))
+        if self.channels == 4:
+            encoded[..., :3] *= encoded[..., 3:].clamp_(0, 1)
+        return encoded
+
+    def decode(self, encoded: Tensor) -> NDArray:
+        """The inverse of `encode`, rounded where the file has integers; the colour of what is invisible is black."""
+        encoded = encoded.float().cpu()
+        if self.channels == 4:
+            alpha = encoded[..., 3:].clamp(0, 1)
+            colours = torch.where(alpha > 0, encoded[..., :3] / alpha.clamp_min(1e-6), 0)
+            encoded = torch.cat((colours, alpha), dim=-1)
+        if self.dtype in INTEGER_LIMITS:
+            scaled = encoded.clamp(0, 1) * INTEGER_LIMITS[self.dtype]
+            return scaled.round().numpy().astype(self.dtype)
+        stretched = encoded[..., :3] * (self.high - self.low) + self.low
+        colours = stretched.sign() * self.unit * torch.expm1(stretched.abs())
+        return torch.cat((colours, encoded[..., 3:]), dim=-1).numpy()
+
+
+def _compress(values: Tensor, unit: float) -> Tensor:
+    return values.sign() * torch.log1p(values.abs() / unit)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """What a field is fitted to."""
+
+    values: Float[Tensor, "h w c"]
+    """Values in [0, 1]."""
+    encoding: Encoding
+    """How to get back to those of the file."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def lookup(self, position: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
+        """Values at (row, column) in pixels, pixel (0, 0) covering [0, 1)^2: bilinear between the pixels' centres.
+
+        Differentiable with respect to the position; beyond the outermost centres the values are theirs.
+        """
+        height, width, channels = self.values.shape
+        last = torch.tensor((height - 1, width - 1), device=position.device)
+        place = (position - 0.5).clamp_min(0).minimum(last.to(position.dtype))
+        first = place.detach().long()
+        down, across = (place - first)[..., None].unbind(1)
+        after = (first + 1).minimum(last)
+        (top, left), (bottom, right) = first.unbind(-1), after.unbind(-1)
+        flat = self.values.view(-1, channels)
+        index = torch.stack((top * width + left, top * width + right, bottom * width + left, bottom * width + right))
+        a, b, c, d = flat.index_select(0, index.flatten()).view(4, -1, channels)
+        upper, lower = torch.lerp(a, b, across.expand_as(a)), torch.lerp(c, d, across.expand_as(a))
+        return torch.lerp(upper, lower, down.expand_as(a))
+
+    def at(self, pixels: Int64[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
+        """Values of whole pixels (row, column)."""
+        return self.values[pixels[:, 0], pixels[:, 1]]
+
+    def to(self, device: torch.device | str) -> Photo:
+        """The same on another device."""
+        return Photo(self.values.to(device), self.encoding)
+
+
+def read(path: Path) -> Photo:
+    """Read a photograph of 8 or 16 bit, or of high dynamic range; grey, RGB or RGBA; turned as its EXIF says.
+
+    Raises:
+        UserError: if it can not be used, with the reason.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file. Name a photograph, such as photo.jpg.")
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if image is not None and (image.ndim == 2 or image.shape[2] < 4):
+            image = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # minds EXIF, and drops alpha
+    except cv2.error as error:
+        raise UserError(f"OpenCV can not read {path}: {error}. Convert it to PNG or JPEG.") from error
+    if image is None:
+        raise UserError(f"{path} is not an image that OpenCV reads. Convert it to PNG, JPEG, TIFF, .hdr or .exr.")
+    values = image[..., None] if image.ndim == 2 else image
+    channels = values.shape[2]
+    if channels == 3:
+        values = cv2.cvtColor(values, cv2.COLOR_BGR2RGB)
+    elif channels == 4:
+        values = cv2.cvtColor(values, cv2.COLOR_BGRA2RGBA)
+    elif channels != 1:
+        raise UserError(f"{path} has {channels} channels: grey, RGB and RGBA can be fitted. Convert it to one of them.")
+    if values.dtype.name in INTEGER_LIMITS:
+        encoding = Encoding(values.dtype.name, channels)
+    elif values.dtype in (np.float16, np.float32, np.float64):
+        encoding = _of_high_range(values, path)
+    else:
+        raise UserError(
+            f"{path} holds values of type {values.dtype}: 8 and 16 bit, and floating point, can be fitted. Convert it."
+        )
+    return Photo(encoding.encode(values).contiguous(), encoding)
+
+
+def _of_high_range(values: NDArray, path: Path) -> Encoding:
+    bad = ~np.isfinite(values).all(axis=2)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise UserError(
+            f"{path} has {bad.sum():,} pixels that are NaN or infinite, the first in row {row}, column {column}. "
+            "Repair them, by an image editor or OpenCV's inpaint."
+        )
+    colours = torch.from_numpy(values[..., :3].astype(np.float32))
+    some = colours.flatten()[:: max(1, colours.numel() // (1 << 22))].abs()
+    unit = float(some[some > 0].median()) if (some > 0).any() else 1.0
+    low, high = (float(_compress(end, unit)) for end in colours.aminmax())
+    return Encoding("float32", values.shape[2], unit, low, high if high > low else low + 1)
+
+
+def write(values: NDArray, path: Path) -> Path:
+    """Write values [h, w, c] in the order RGBA, integers as PNG and floating point as OpenEXR.
+
+    Returns:
+        The file, with the suffix that suits it.
+    """
+    path = path.with_suffix(".exr" if values.dtype == np.float32 else ".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[values.shape[2]]
+    if not cv2.imwrite(str(path), np.ascontiguousarray(values[..., order])):
+        raise UserError(f"{path} can not be written. Name another --output.")
+    return path
+
+
+def shown(values: Tensor) -> NDArray[np.float32]:
+    """Values [h, w, c] in [0, 1] as RGB for pictures, transparency on black."""
+    colours = values[..., :3].float().clamp(0, 1).cpu().numpy()
+    return np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours
