@@ -67,6 +67,7 @@ def write(photo: Photo, pictures: Sequence[Picture], results: dict, output: Path
                 f"- {picture.sampler}: {picture.psnr:.2f} dB over all pixels after {picture.iteration:,} iterations, "
                 f"[{file_name}](<{file_name}>)",
                 soft_wrap=True,
+                markup=False,
             )
         console.print("\n![Where reconstructions differ most](crops.jpg)\n\n![Errors and draws](maps.jpg)")
 
