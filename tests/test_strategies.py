@@ -157,12 +157,17 @@ def test_a_step_that_was_not_applied_teaches_nothing(kind, applied):
     changes = dict(interval=3) if kind == "error-map" else dict(reduction=1) if kind == "quadtree" else {}
     sampler, batch = trained(kind, Case(), rays=20, steps=4, **changes), Case().batch()
     rays = sampler.sample(batch)
-    before = copy.deepcopy(sampler.strategy.state_dict())
+    before = copy.deepcopy(learnt(sampler))
     sampler.update(feed(rays[BATCH_KEY], 1.0), applied)
-    assert same_tensors(before, sampler.strategy.state_dict())
+    assert same_tensors(before, learnt(sampler))
     if kind not in ("edge", "multinomial"):  # what these do does not depend on single rays
         sampler.update(rays[BATCH_KEY], True)
-        assert not same_tensors(before, sampler.strategy.state_dict())
+        assert not same_tensors(before, learnt(sampler))
+
+
+def learnt(sampler) -> dict:
+    """The state of a strategy, without starts that langevin has drawn in advance."""
+    return {name: value for name, value in sampler.strategy.state_dict().items() if name != "starts"}
 
 
 @EACH_MAP

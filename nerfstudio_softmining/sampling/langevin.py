@@ -15,7 +15,7 @@ from nerfstudio_softmining.sampling.feedback import MiningBatch
 from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.strategy import CellDensity, Strategy, StrategyConfig, concatenate
 
-RESERVOIR = 1 << 14
+RESERVOIR = 1 << 12
 """Starts that are drawn at a time, as a draw of many costs little more than one of few."""
 
 
@@ -131,9 +131,9 @@ class LangevinStrategy(Strategy):
     def load_state_dict(self, state: dict) -> None:
         if state:
             pool = Pool(**{name: part.to(self.pixels.device) for name, part in state["pool"].items()})
+            self.pool = self._on_cached_images(pool)
             if state["starts"] is not None:
                 self._starts = Pool(**{name: part.to(self.pixels.device) for name, part in state["starts"].items()})
-            self.pool = self._on_cached_images(pool)
 
     def _on_cached_images(self, pool: Pool) -> Pool:
         """The pool, with chains on images that are not cached started anew."""

@@ -1,0 +1,122 @@
+"""Time of a step of image fitting, stage by stage, for several samplers in turn.
+
+    python -m nerfstudio_softmining.images.cost PHOTO --samplers uniform langevin edge
+
+Steps of the samplers alternate, so that whatever else the machine does falls on all of them alike. The backward pass is
+cut in two at the features of the hash grid. In torch only: tiny-cuda-nn's passes can not be taken apart.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich import box
+from rich.progress import track
+from rich.table import Table
+
+from nerfstudio_softmining import compat
+from nerfstudio_softmining.images import photo as photos
+from nerfstudio_softmining.images.config import FitConfig
+from nerfstudio_softmining.images.fit import Fit, make_settings
+from nerfstudio_softmining.sampling.feedback import MiningBatch
+from nerfstudio_softmining.sampling.strategy import indices_of
+
+STAGES = ("draw", "look up", "encode", "network", "loss", "network back", "encode back", "optimizer", "update")
+WARM_UP = 10
+"""Steps that are not counted."""
+
+
+@dataclass
+class Cost:
+    """Measure what the stages of a training step take."""
+
+    photo: tyro.conf.Positional[Path]
+    """The photograph."""
+    samplers: tuple[str, ...] = ("uniform", "langevin")
+    """Ways of choosing points; the first is what the others are compared with."""
+    steps: int = 300
+    """Steps of each that are timed, after 10 that are not."""
+    config: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=lambda: FitConfig(implementation="torch"))
+    """The rest."""
+
+
+def timed_step(fit: Fit) -> list[float]:
+    """One step of a fit, as `Fit.step`, and the seconds of its stages."""
+    marks = [_now()]
+    strategy, config = fit.strategy, fit.config
+    pool, num_uniform = strategy.draw(config.batch)
+    batch = MiningBatch(indices_of(pool), pool.density, num_uniform, strategy.config.reweighted, step=fit.iteration)
+    position = pool.position.detach()
+    if strategy.wants_gradient:
+        batch.coords = position.requires_grad_()
+    marks.append(_now())
+    truth = fit.photo.lookup(position if config.photo_gradient else position.detach())
+    marks.append(_now())
+    features = fit.field.encoding(position / fit.size)
+    marks.append(_now())
+    leaf = features.detach().requires_grad_()
+    prediction = fit.field.network(leaf)
+    marks.append(_now())
+    fit.loss.batch = batch
+    loss = fit.loss(truth, prediction)
+    marks.append(_now())
+    fit.optimizer.zero_grad()
+    loss.backward()
+    marks.append(_now())
+    features.backward(leaf.grad)
+    marks.append(_now())
+    fit.optimizer.step()
+    fit.scheduler.step()
+    marks.append(_now())
+    strategy.update(batch, applied=True)
+    fit.iteration += 1
+    marks.append(_now())
+    return np.diff(marks).tolist()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main(cost: Cost) -> None:
+    """Measure and print."""
+    if not torch.cuda.is_available():
+        compat.prepare_cpu()
+    photo = photos.read(cost.photo).to("cuda" if torch.cuda.is_available() else "cpu")
+    total = WARM_UP + cost.steps
+    fits = {name: Fit(photo, make_settings(name, 0, total, cost.config)) for name in cost.samplers}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in fits}
+    for _ in track(range(total), "Steps", transient=True):
+        for name, fit in fits.items():
+            seconds[name].append(timed_step(fit))
+    height, width = photo.size
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    table = Table(
+        title=f"Median ms of {cost.steps} steps; {height} x {width} pixels, batch {cost.config.batch:,}; {device}",
+        box=box.MARKDOWN,
+        title_justify="left",
+    )
+    for heading in ("sampler", *STAGES, "step", "over " + cost.samplers[0]):
+        table.add_column(heading, justify="right")
+    base = None
+    for name, rows in seconds.items():
+        counted = 1000 * np.array(rows[WARM_UP:])
+        step = float(np.median(counted.sum(axis=1)))
+        base = step if base is None else base
+        stages = [f"{value:.2f}" for value in np.median(counted, axis=0)]
+        table.add_row(name, *stages, f"{step:.2f}", f"{100 * (step / base - 1):+.1f} %")
+    CONSOLE.print(table)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    main(tyro.cli(Cost))
