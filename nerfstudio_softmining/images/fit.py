@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from nerfstudio_softmining import compat
@@ -57,6 +58,10 @@ SAMPLERS: dict[str, tuple[Callable[[], StrategyConfig], type[Strategy]]] = {
 FLAGS = Flags(setting="--samplers {kind},{name}", batch="--batch", map_memory="map memory")
 DECAY = 0.33
 """Factor on the learning rate, as in Instant-NGP's settings for photographs."""
+AVERAGED_EVERY = 10
+"""Steps between two updates of the averaged weights."""
+AVERAGE_DECAY = 0.99
+"""Decay a step of the averaged weights, which are what is shown; as in Instant-NGP's settings for photographs."""
 MAP_MEMORY = 2.0
 """Gigabytes that a map of edges or errors may take."""
 EVALUATED = 1 << 20
@@ -121,6 +126,9 @@ class Fit:
         self.size = torch.tensor(photo.size, dtype=torch.float32, device=device)
         torch.manual_seed(settings.seed)
         self.field = Field(self.config, photo.size, photo.values.shape[2], device)
+        self.average = AveragedModel(
+            self.field, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY**AVERAGED_EVERY), use_buffers=False
+        )
         self.optimizer = torch.optim.Adam(
             self.field.parameters(), self.config.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=True
         )
@@ -166,19 +174,22 @@ class Fit:
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
+        if self.iteration % AVERAGED_EVERY == 0:
+            self.average.update_parameters(self.field)
         strategy.update(batch, applied=True)
         self.drawn.append(position.detach())
         self.iteration += 1
 
     @torch.no_grad()
     def predict(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Values at points (row, column) of the unit square."""
-        return torch.cat([self.field(chunk) for chunk in points.split(CHUNK)])
+        """Values of the averaged field at points (row, column) of the unit square."""
+        return torch.cat([self.average(chunk) for chunk in points.split(CHUNK)])
 
+    @torch.no_grad()
     def residual(self, pixels: Int64[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Prediction minus truth at the centres of pixels (row, column)."""
+        """Prediction of the field as it is minus truth, at the centres of pixels (row, column)."""
         return torch.cat(
-            [self.predict((chunk + 0.5) / self.size) - self.photo.at(chunk) for chunk in pixels.split(CHUNK)]
+            [self.field((chunk + 0.5) / self.size) - self.photo.at(chunk) for chunk in pixels.split(CHUNK)]
         )
 
     def psnr(self, count: int = EVALUATED) -> float:
@@ -200,7 +211,7 @@ class Fit:
 
     def render(self, size: tuple[int, int]) -> Iterator[Float[Tensor, "rows w c"]]:
         """The picture of a given height and width, some rows at a time, on the CPU."""
-        return render(self.field, size, self.size.device)
+        return render(self.average.module, size, self.size.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on."""
@@ -212,6 +223,7 @@ class Fit:
             "config": dataclasses.asdict(self.config),
             "iteration": self.iteration,
             "field": self.field.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "strategy": self.strategy.state_dict(),
@@ -223,6 +235,7 @@ class Fit:
         """Go on from a checkpoint of the same photograph and settings."""
         self.iteration = state["iteration"]
         self.field.load_state_dict(state["field"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.strategy.load_state_dict(state["strategy"])
@@ -255,23 +268,23 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises almost anything
         raise UserError(f"{path} is not the checkpoint of an image fit ({error}).") from error
-    if not isinstance(state, dict) or not {"field", "encoding", "config", "photo"} <= state.keys():
+    if not isinstance(state, dict) or not {"average", "encoding", "config", "photo"} <= state.keys():
         raise UserError(f"{path} is not the checkpoint of an image fit. Name a checkpoint.pt in its runs/.")
     return state
 
 
-def load_field(state: dict[str, Any], device: torch.device) -> tuple[Field, Encoding]:
-    """The field of a checkpoint, and the way back to the values of its photograph's file."""
+def load_field(state: dict[str, Any], device: torch.device) -> tuple[nn.Module, Encoding]:
+    """The averaged field of a checkpoint, and the way back to the values of its photograph's file."""
     config = FitConfig(**{**state["config"], "decay_at": tuple(state["config"]["decay_at"])})
     encoding = Encoding(**state["encoding"])
     with compat.fork_random_state():
-        field = Field(config, tuple(state["photo"]["size"]), encoding.channels, device)
-    field.load_state_dict(state["field"])
-    return field, encoding
+        average = AveragedModel(Field(config, tuple(state["photo"]["size"]), encoding.channels, device))
+    average.load_state_dict(state["average"])
+    return average.module, encoding
 
 
 @torch.no_grad()
-def render(field: Field, size: tuple[int, int], device: torch.device) -> Iterator[Float[Tensor, "rows w c"]]:
+def render(field: nn.Module, size: tuple[int, int], device: torch.device) -> Iterator[Float[Tensor, "rows w c"]]:
     """The picture of a given height and width, some rows at a time, on the CPU."""
     height, width = size
     rows = max(1, CHUNK // width)
