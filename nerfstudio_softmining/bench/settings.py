@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nerfstudio_softmining.errors import UserError
+
+KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), tuple: (tuple,)}
+"""What may be given for a setting of a type."""
 
 
 def apply(setting: str, places: Sequence[Any], required: bool, sampler: str) -> None:
@@ -15,16 +19,19 @@ def apply(setting: str, places: Sequence[Any], required: bool, sampler: str) -> 
     Raises:
         UserError: if a required setting is known nowhere, or has no value.
     """
-    key, equals, value = setting.partition("=")
+    key, equals, text = setting.partition("=")
     key = key.replace("-", "_")
-    owners = [place for place in places if hasattr(place, key)]
+    owners = [place for place in places if is_dataclass(place) and key in {field.name for field in fields(place)}]
     if not equals or (required and not owners):
         raise UserError(f"{sampler!r} has {setting!r}: neither the model nor the sampler has a setting {key!r}.")
     for owner in owners:
-        new, old = _literal(value), getattr(owner, key)
-        if isinstance(old, int | float) and not isinstance(new, int | float):
-            raise UserError(f"{sampler!r} has {setting!r}: {key} is a number or a truth value, such as {old}.")
-        setattr(owner, key, new)
+        value, hint = _literal(text), get_type_hints(type(owner)).get(key)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise UserError(f"{sampler!r} has {setting!r}: {key} is one of {', '.join(map(str, get_args(hint)))}.")
+        accepted = KINDS.get(hint if get_origin(hint) is None else get_origin(hint))
+        if accepted is not None and type(value) not in accepted:
+            raise UserError(f"{sampler!r} has {setting!r}: {key} is written as in {key}={getattr(owner, key)}.")
+        setattr(owner, key, float(value) if hint is float else value)
 
 
 def _literal(text: str) -> Any:

@@ -78,6 +78,7 @@ class GreedyConfig(StrategyConfig):
     """The pixels of the largest error alone (INT)."""
 
     positive: ClassVar = ("interval", "side")
+    needed: ClassVar = ("share",)
     reweighted: ClassVar[bool] = False
     share: float = 0.2
     """Share of all pixels that is selected, in (0, 1]."""
@@ -115,6 +116,7 @@ class EvosConfig(StrategyConfig):
     """Evolution of the selected pixels (EVOS)."""
 
     positive: ClassVar = ("first_interval", "last_interval", "side")
+    needed: ClassVar = ("selected_share",)
     reweighted: ClassVar[bool] = False
     first_interval: int = 100
     """Steps between two evaluations of the fitness at the start."""

@@ -44,7 +44,9 @@ class StrategyConfig:
     """Settings of one way of choosing pixels."""
 
     positive: ClassVar[tuple[str, ...]] = ()
-    """Settings that can not be 0."""
+    """Whole numbers that can not be 0."""
+    needed: ClassVar[tuple[str, ...]] = ()
+    """Shares that can not be 0."""
 
     def check(self, kind: str, flags: Flags = Flags()) -> None:  # noqa: B008
         """Refuse what makes no sense: shares out of [0, 1], anything else below 0.
@@ -56,6 +58,8 @@ class StrategyConfig:
             value, flag = getattr(self, field.name), flags.of(kind, field.name)
             if field.name.endswith("share") and not 0 <= value <= 1:
                 raise UserError(f"{flag} is {value}: a share lies in [0, 1], such as 0.1.")
+            if field.name in self.needed and value == 0:
+                raise UserError(f"{flag} is {value}: it lies above 0, such as 0.2.")
             if field.name in self.positive and value < 1:
                 raise UserError(f"{flag} is {value}: it is a whole number of 1 or more.")
             if isinstance(value, int | float) and not value >= 0:
