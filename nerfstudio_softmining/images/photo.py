@@ -119,7 +119,7 @@ def read(path: Path) -> Photo:
         raise UserError(f"{path} is no file. Name a photograph, such as photo.jpg.")
     try:
         image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        if image is not None and (image.ndim == 2 or image.shape[2] < 4):
+        if image is not None and (image.ndim == 2 or image.shape[2] in (1, 3)):
             image = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # minds EXIF, and drops alpha
     except cv2.error as error:
         raise UserError(f"OpenCV can not read {path}: {error}. Convert it to PNG or JPEG.") from error
