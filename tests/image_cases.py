@@ -61,9 +61,10 @@ def centres(height: int, width: int) -> Tensor:
 
 
 def predictions(field: nn.Module, size: tuple[int, int]) -> Tensor:
-    """Values of a field at all pixels [h, w, c], one by one."""
+    """Values of a field at all pixels [h, w, c], row by row."""
     with torch.no_grad():
-        return torch.cat([field(centre[None] / torch.tensor(size)) for centre in centres(*size)]).view(*size, -1)
+        rows = (centres(*size) / torch.tensor(size)).split(size[1])
+        return torch.stack([field(row) for row in rows])
 
 
 def residuals(fit: Fit) -> Tensor:

@@ -30,6 +30,8 @@ class Results:
             self.content: dict = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"--output is {output}, which can not be used ({error}). Name another folder.") from error
+        if not self.content.get("runs"):  # failures alone bind nobody
+            self.content = {}
         settings = json.loads(json.dumps({"at": at, "scenes": scenes}))
         before = self.content.setdefault("settings", settings)
         if may_grow and settings["at"][: len(before["at"])] == before["at"]:

@@ -134,8 +134,14 @@ def run_image(
     mark = fingerprint(photo)
     about = {"size": photo.size, "fingerprint": mark, **dataclasses.asdict(config)}
     results = Results(output, at, {path.name: about}, may_grow=True)
+    others = results.content["settings"]["scenes"].keys() - {path.name}
+    if others:
+        raise UserError(
+            f"--output is {output}, which has fits of another photograph ({', '.join(others)}). Name another folder."
+        )
     height, width = photo.size
-    CONSOLE.print(f"{path.name}: {height * width / 1e6:.2f} megapixels, {height} x {width}", highlight=False)
+    megapixels = f"{height * width / 1e6:.2f} megapixels"
+    CONSOLE.print(f"{path.name}: {megapixels}, {height} x {width}", markup=False, highlight=False)
     stop = Stop()
     with stop.listening(), Progress(*COLUMNS, console=CONSOLE) as progress:
         everything = progress.add_task("all fits", total=len(runs) * at[-1], visible=len(runs) > 1)
@@ -145,13 +151,16 @@ def run_image(
                 results.succeeded(run.name)
             except Exception as error:  # whatever it is, the other fits can still be made
                 results.failed(run.name, f"{type(error).__name__}: {error}")
-                CONSOLE.print(f"[red]{run.name} failed: {results.content['failures'][run.name]}[/red]")
+                CONSOLE.print(f"{run.name} failed: {error}", style="red", markup=False, highlight=False)
             progress.update(everything, completed=(number + 1) * at[-1])
             if stop.asked:
                 break
-    shown = [run for run in runs if run.settings.seed == seeds[0] and run.checkpoint.exists()]
-    if shown:
-        pictures = [_picture(run, photo) for run in shown]
+    pictures = []
+    for run in runs:
+        if run.settings.seed == seeds[0] and run.checkpoint.exists():
+            with contextlib.suppress(UserError):  # has been told of as a failure
+                pictures.append(_picture(run, photo))
+    if pictures:
         report.write(photo, pictures, results.content, output, path.name)
         report.tell(pictures, results.content, output)
     return 130 if stop.asked else int(bool(results.content["failures"]))
@@ -161,7 +170,13 @@ def _train(run: Run, photo: Photo, scene: str, results: Results, progress: Progr
     """Train from the last checkpoint to the last evaluation, or until Ctrl-C."""
     settings, at = run.settings, run.at
     entries = results.entries(scene, settings.sampler, settings.seed)
+    known = {entry["iteration"] for entry in entries}
     state = load(run.checkpoint, photo.values.device) if entries or run.checkpoint.exists() else None
+    if state is not None and not known.issuperset(i for i in at if i <= state["iteration"]):
+        raise UserError(
+            f"{results.path} lacks results of {run.checkpoint}, which is at iteration {state['iteration']}. Remove the "
+            "latter to fit anew, or name another --output."
+        )
     if state is not None and state["iteration"] >= at[-1]:
         return
     fit = Fit(photo, settings)
@@ -185,13 +200,15 @@ def _train(run: Run, photo: Photo, scene: str, results: Results, progress: Progr
                 progress.update(task, description=f"{run.name}: {fit.psnr(LIVE_PIXELS):.1f} dB")
             if iteration == EARLY or iteration in at:
                 _preview(fit, run.folder / f"preview_{iteration:06}.jpg")
-            if iteration in at and all(entry["iteration"] != iteration for entry in entries):
+            if iteration in at and iteration not in known:
                 entry = {"method": fit.field.implementation, "iteration": iteration, "psnr": round(fit.psnr(), 4)}
                 results.add(scene, settings.sampler, settings.seed, {**entry, **meter.read(settings.config.batch)})
             if iteration % SAVE_EVERY == 0 or iteration in at:
                 keep()
     finally:
         progress.remove_task(task)
+    if fit.iteration == 0:
+        return
     if stop.asked:
         keep()
     _picture_of_draws(fit, run.folder / "draws.png")
@@ -265,7 +282,7 @@ def run_render(checkpoint: Path, output: Path, size: tuple[int, int] | None, sca
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = load(checkpoint, device)
     field, encoding = load_field(state, device)
-    height, width = size or (round(side * scale) for side in state["photo"]["size"])
+    height, width = size or (round(side * scale) if math.isfinite(scale) else 0 for side in state["photo"]["size"])
     if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
         raise UserError(
             f"the picture would have {height} x {width} pixels: each side has 1 to {LARGEST_SIDE:,}. Mend --size or "
@@ -283,4 +300,4 @@ def run_render(checkpoint: Path, output: Path, size: tuple[int, int] | None, sca
         path = photos.write(encoding.decode(picture), output)
     except (OSError, cv2.error) as error:
         raise UserError(f"--output is {output}, which can not be written ({error}). Name another file.") from error
-    CONSOLE.print(f"{path}: {height} x {width} pixels", highlight=False, soft_wrap=True)
+    CONSOLE.print(f"{path}: {height} x {width} pixels", markup=False, highlight=False, soft_wrap=True)

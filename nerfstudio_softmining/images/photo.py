@@ -164,7 +164,12 @@ def write(values: NDArray, path: Path) -> Path:
 
     Returns:
         The file, with the suffix that suits it.
+
+    Raises:
+        UserError: if there can be no such file.
     """
+    if not path.name:
+        raise UserError(f"--output is {path}, which is a folder. Name a file.")
     path = path.with_suffix(".exr" if values.dtype == np.float32 else ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[values.shape[2]]

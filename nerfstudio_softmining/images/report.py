@@ -54,7 +54,7 @@ def write(photo: Photo, pictures: Sequence[Picture], results: dict, output: Path
     with (output / "report.md").open("w", encoding="utf-8") as file:
         console = Console(file=file, width=bench.WIDTH)
         height, width = photo.size
-        console.print(f"# {name}\n\n{height} x {width} pixels; {results['device']}.\n", soft_wrap=True)
+        console.print(f"# {name}\n\n{height} x {width} pixels; {results['device']}.\n", soft_wrap=True, markup=False)
         if runs:
             for table in bench.tables((), runs):
                 console.print(table)
@@ -82,9 +82,10 @@ def tell(pictures: Sequence[Picture], results: dict, output: Path) -> None:
             f"{picture.sampler}: {picture.psnr:.2f} dB over all pixels after {picture.iteration:,} iterations, "
             f"{picture.path}",
             soft_wrap=True,
+            markup=False,
             highlight=False,
         )
-    CONSOLE.print(f"{output / 'report.md'} has crops, maps of error and plots.", soft_wrap=True)
+    CONSOLE.print(f"{output / 'report.md'} has crops, maps of error and plots.", soft_wrap=True, markup=False)
 
 
 def crops(photo: Photo, pictures: Sequence[Picture]) -> Figure:
