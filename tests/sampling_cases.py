@@ -163,6 +163,7 @@ KINDS: dict[str, dict] = {
     "error-map": dict(interval=2),
     "quadtree": dict(reduction=8),
     "active": {},
+    "detail": dict(interval=2, tile=1),
 }
 """All kinds of sampler, with settings that change maps within a few steps."""
 MAPPED = [kind for kind in KINDS if kind not in ("uniform", "langevin")]

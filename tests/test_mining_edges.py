@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nerfstudio_softmining.mining.edges import local_deviation, sobel
+from nerfstudio_softmining.mining.edges import laplacian, local_deviation, sobel
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 KERNEL = ((-1, 0, 1), (-2, 0, 2), (-1, 0, 1))
@@ -118,3 +118,31 @@ def test_constant_images_have_no_contrast_at_all(shape, channels):
     """Exactly none, as every positive weight is rounded to at least the smallest byte."""
     for colour in torch.rand(8, channels, generator=torch.Generator().manual_seed(0)):
         assert (local_deviation(colour.expand(*shape, channels)) == 0).all()
+
+
+def brute_force_laplacian(image: torch.Tensor) -> torch.Tensor:
+    height, width, channels = image.shape
+    values = image.tolist()
+    result = torch.zeros(height, width)
+    for row in range(height):
+        for column in range(width):
+            for channel in range(channels):
+                around = [
+                    values[min(max(row + i, 0), height - 1)][min(max(column + j, 0), width - 1)][channel]
+                    for i in (-1, 0, 1)
+                    for j in (-1, 0, 1)
+                ]
+                result[row, column] += abs(values[row][column][channel] - statistics.fmean(around)) / channels
+    return result
+
+
+@LAW
+@given(images())
+def test_detail_is_the_difference_from_the_mean_of_the_surroundings(image):
+    torch.testing.assert_close(laplacian(image), brute_force_laplacian(image), atol=1e-6, rtol=1e-5)
+    assert (laplacian(image) >= 0).all() and (laplacian(image) < 8 / 9 + 1e-6).all()
+
+
+def test_a_slope_has_no_detail_within():
+    slope = torch.arange(12.0)[:, None, None] / 12 + torch.arange(9.0)[None, :, None] / 20
+    assert laplacian(slope)[1:-1, 1:-1].max() < 1e-6 < 0.01 < laplacian(slope)[0].min()

@@ -46,6 +46,7 @@ from torch.utils._pytree import tree_leaves
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import density as dens
+from nerfstudio_softmining.mining.edges import laplacian
 from nerfstudio_softmining.mining.langevin import Pool
 from nerfstudio_softmining.sampling import error_map
 from nerfstudio_softmining.sampling.active import ROOM, SCALE
@@ -337,6 +338,71 @@ def test_error_map_cells_are_small_where_all_their_pixels_are_looked_at():
     sampler = prepared("error-map", Case(), 4, interval=1)
     step(sampler, batch)
     assert sampler.strategy.map.grid.side > error_map.LARGEST_CELL
+
+
+def detail_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]], trust: float, power: float) -> Tensor:
+    """Density of the pixels of cells of a side after (indices, importance) since the start, by loops over tiles."""
+    static = torch.cat([laplacian(image).flatten().double() for image in case.shown()]) + 0.003
+    cells, kept = case.cells(side), case.uniform() > 0
+    sums = torch.zeros(int(cells.max()) + 1).double().index_add_(0, cells, static * case.mass()) / side**2
+    count = torch.zeros(len(sums)).double().index_add_(0, cells, kept.double())
+    place = torch.cat([case.place(indices) for indices, _ in told])
+    importance, expected = torch.cat([q for _, q in told]).double(), (sums / 256).sqrt()[cells[place]]
+    mean = expected.mean()
+    overall = importance.sum() / expected.sum()
+    ratio = overall.expand(len(cells))
+    for level in reversed(range(4)):
+        tiles = case.cells(max(4 * side, 1) << level)
+        above = {}
+        for tile, value in zip(tiles.tolist(), ratio.tolist(), strict=True):
+            above.setdefault(tile, value)  # that of the first pixel, where larger tiles do not contain smaller ones
+        of_tile = {}
+        for tile, value in above.items():
+            mine = tiles[place] == tile
+            of_tile[tile] = (importance[mine].sum() + trust * mean * value) / (expected[mine].sum() + trust * mean)
+        ratio = torch.stack([of_tile[tile] for tile in tiles.tolist()])
+    first = {}
+    for cell, value in zip(cells.tolist(), (ratio / overall).tolist(), strict=True):
+        first.setdefault(cell, value)
+    correction = torch.tensor([first[cell] for cell in cells.tolist()]) ** power
+    law = torch.where(kept, (sums / count)[cells] * correction, 0.0)
+    return law / law.sum()
+
+
+@pytest.mark.parametrize("side", [1, 2])
+@EACH_CASE
+def test_detail_rays_follow_detail_and_then_the_error_of_tiles(case, side):
+    settings = dict(cell_side=side, interval=3, trust=2.0, correction=1.5)
+    sampler, batch, told = prepared("detail", case, 100, **settings), case.batch(), []
+    detail = torch.cat([laplacian(image).flatten().double() for image in case.shown()]) + 0.003
+    static, kept = case.evened(detail / 256, side), case.uniform() > 0
+    for number in range(3):
+        rays = sampler.sample(batch)
+        if number == 0:
+            assert_close(claimed(sampler, case), static, 1.1)
+        mining = feed(rays[BATCH_KEY], importance=q_of(rays["indices"]) ** 2)
+        mining.importance[number] = (NAN, INF)[number % 2]
+        told.append((mining.indices, mining.importance))
+        sampler.update(mining, True)
+    told = [(indices[q.isfinite()], q[q.isfinite()]) for indices, q in told]
+    law = detail_law(case, side, told, trust=2.0, power=1.5)
+    assert (law / static)[kept].log().std() > 0.1  # or this would be no test
+    assert_close(claimed(sampler, case), law, 2)
+
+
+def test_corrections_of_detail_have_growing_intervals_and_forget():
+    case = Case(((40, 40),), ids=(0,))
+    sampler, batch, lengths = prepared("detail", case, 400, interval=4, cell_side=1), case.batch(), []
+    left = case.pixels()[:, 2] < 20
+    for number in range(60):
+        rays, before = sampler.sample(batch), sampler.strategy.map
+        bright = (rays["indices"][:, 2] < 20) == (number < 20)
+        sampler.update(feed(rays[BATCH_KEY], importance=torch.where(bright, 0.5, 0.1)), True)
+        if sampler.strategy.map is not before:
+            lengths.append(number + 1 - sum(lengths))
+            share = claimed(sampler, case)[left].sum()
+            assert share > 0.6 or number > 20
+    assert lengths[:6] == [4, 5, 6, 7, 8, 10] and share < 0.4
 
 
 FOREST = Case(((64, 64), (32, 96), (80, 40)), ids=(2, 0, 1))
@@ -695,7 +761,7 @@ def test_the_global_randomness_is_not_consumed_and_seeds_every_kind(kind):
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
-@pytest.mark.parametrize("kind", ["edge", "langevin", "quadtree", "active"])
+@pytest.mark.parametrize("kind", ["edge", "langevin", "quadtree", "active", "detail"])
 @pytest.mark.parametrize("name", ["one size", "masked list"])
 def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     case = CASES[name]
@@ -707,7 +773,7 @@ def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     strategy = sampler.strategy
     density = strategy.edges if kind == "langevin" else strategy.map
     side = density.grid.side
-    per_cell = dens.bytes_per_entry(2 if kind in ("quadtree", "active") else 1)
+    per_cell = dens.bytes_per_entry(2 if kind in ("quadtree", "active") else 1) + (kind == "detail")
     assert num_pixels / side**2 * per_cell <= budget < num_pixels / (side - 1) ** 2 * per_cell
     if kind == "langevin":
         pool, law = density.draw(20_000), case.edges(side)
@@ -717,7 +783,7 @@ def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     assert follows(case, torch.cat((pool.chart[:, None], pool.position.long()), dim=-1), law / law.sum())
 
 
-@pytest.mark.parametrize("kind", ["edge", "langevin", "error-map", "quadtree", "active"])
+@pytest.mark.parametrize("kind", ["edge", "langevin", "error-map", "quadtree", "active", "detail"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_maps_take_less_than_a_byte_a_pixel(kind, masked):
     batch = {"image": torch.rand(2, 300, 400, 3, generator=seeded()), "image_idx": torch.tensor([0, 1])}

@@ -33,6 +33,7 @@ from nerfstudio_softmining.images.rivals import (
     UniformConfig,
     UniformStrategy,
 )
+from nerfstudio_softmining.sampling.detail import DetailConfig, DetailStrategy
 from nerfstudio_softmining.sampling.edge import EdgeConfig, EdgeStrategy
 from nerfstudio_softmining.sampling.error_map import ErrorMapConfig, ErrorMapStrategy
 from nerfstudio_softmining.sampling.feedback import MiningBatch
@@ -46,6 +47,7 @@ from nerfstudio_softmining.sampling.strategy import Flags, Strategy, StrategyCon
 SAMPLERS: dict[str, tuple[Callable[[], StrategyConfig], type[Strategy]]] = {
     "uniform": (UniformConfig, UniformStrategy),
     "uniform-weighted": (UniformConfig, UniformStrategy),
+    "detail": (DetailConfig, DetailStrategy),
     "edge": (EdgeConfig, EdgeStrategy),
     "langevin": (lambda: LangevinConfig(drift=1e-5, noise=1e-3), LangevinStrategy),  # section 4.1
     "multinomial": (MultinomialConfig, MultinomialStrategy),

@@ -42,3 +42,19 @@ def local_deviation(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     # relative to the middle, so that equal pixels have exactly none
     around = F.unfold(channels, 3).view(channels.shape[0], 9, *image.shape[:2]) - image.permute(2, 0, 1)[:, None]
     return around.var(dim=1, correction=0).mean(dim=0).sqrt()
+
+
+def laplacian(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
+    """Absolute difference of each pixel and the mean of the 3 x 3 around it, over all channels, in [0, 8/9] for values
+    in [0, 1].
+
+    The border is replicated, so that it is no detail by itself.
+
+    >>> import torch
+    >>> step = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4)[..., None]
+    >>> laplacian(step)[0]
+    tensor([0.0000, 0.3333, 0.3333, 0.0000])
+    """
+    channels = image.permute(2, 0, 1)[None]
+    mean = F.avg_pool2d(F.pad(channels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return (channels - mean)[0].abs().mean(dim=0)

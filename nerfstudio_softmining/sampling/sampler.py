@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.sampling.active import ActiveConfig, ActiveStrategy
+from nerfstudio_softmining.sampling.detail import DetailConfig, DetailStrategy
 from nerfstudio_softmining.sampling.edge import EdgeConfig, EdgeStrategy
 from nerfstudio_softmining.sampling.error_map import ErrorMapConfig, ErrorMapStrategy
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
@@ -23,7 +24,7 @@ from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.quadtree import QuadtreeConfig, QuadtreeStrategy
 from nerfstudio_softmining.sampling.strategy import FLAG, Strategy, Surroundings, indices_of
 
-Kind = Literal["uniform", "edge", "langevin", "multinomial", "error-map", "quadtree", "active"]
+Kind = Literal["uniform", "edge", "langevin", "multinomial", "error-map", "quadtree", "active", "detail"]
 STRATEGIES: dict[str, type[Strategy]] = {
     "edge": EdgeStrategy,
     "langevin": LangevinStrategy,
@@ -31,6 +32,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "error-map": ErrorMapStrategy,
     "quadtree": QuadtreeStrategy,
     "active": ActiveStrategy,
+    "detail": DetailStrategy,
 }
 """All kinds but `uniform`, which is nerfstudio's own."""
 
@@ -49,7 +51,8 @@ class MiningPixelSamplerConfig(PixelSamplerConfig):
     multinomial: by the exact error of all pixels, rendered now and then; slow (the paper's upper bound).
     error-map: by a coarse grid of the error of each image (instant-ngp).
     quadtree: by local contrast, and quadtrees of the error (Zhang et al. 2023).
-    active: by loss and staleness, the loss carried over to other views (after ActRay)."""
+    active: by loss and staleness, the loss carried over to other views (after ActRay).
+    detail: by local detail, corrected by the error of tiles."""
     edge: EdgeConfig = field(default_factory=EdgeConfig)
     """Settings of the kind edge."""
     langevin: LangevinConfig = field(default_factory=LangevinConfig)
@@ -62,6 +65,8 @@ class MiningPixelSamplerConfig(PixelSamplerConfig):
     """Settings of the kind quadtree."""
     active: ActiveConfig = field(default_factory=ActiveConfig)
     """Settings of the kind active."""
+    detail: DetailConfig = field(default_factory=DetailConfig)
+    """Settings of the kind detail."""
     cell_side: int = 2
     """Side in pixels of the cells that maps of edges, contrast and errors are kept in."""
     map_memory: float = 2.0
