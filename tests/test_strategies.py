@@ -347,25 +347,19 @@ def detail_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]], trust: 
     sums = torch.zeros(int(cells.max()) + 1).double().index_add_(0, cells, static * case.mass()) / side**2
     count = torch.zeros(len(sums)).double().index_add_(0, cells, kept.double())
     place = torch.cat([case.place(indices) for indices, _ in told])
-    importance, expected = torch.cat([q for _, q in told]).double(), (sums / 256).sqrt()[cells[place]]
-    mean = expected.mean()
+    importance, expected = torch.cat([q for _, q in told]).double(), sums.sqrt()[cells[place]]
     overall = importance.sum() / expected.sum()
-    ratio = overall.expand(len(cells))
-    for level in reversed(range(4)):
-        tiles = case.cells(max(4 * side, 1) << level)
-        above = {}
-        for tile, value in zip(tiles.tolist(), ratio.tolist(), strict=True):
-            above.setdefault(tile, value)  # that of the first pixel, where larger tiles do not contain smaller ones
-        of_tile = {}
-        for tile, value in above.items():
-            mine = tiles[place] == tile
-            of_tile[tile] = (importance[mine].sum() + trust * mean * value) / (expected[mine].sum() + trust * mean)
-        ratio = torch.stack([of_tile[tile] for tile in tiles.tolist()])
-    first = {}
-    for cell, value in zip(cells.tolist(), (ratio / overall).tolist(), strict=True):
-        first.setdefault(cell, value)
-    correction = torch.tensor([first[cell] for cell in cells.tolist()]) ** power
-    law = torch.where(kept, (sums / count)[cells] * correction, 0.0)
+    ratio, size = overall.expand(len(cells)).clone(), dict(zip(case.ids, case.sizes, strict=True))
+    for tile_side in (32, 16, 8, 4):
+        tiles: dict[tuple, list[int]] = {}
+        for number, (i, *at) in enumerate(case.pixels().tolist()):
+            in_cells = [x * math.ceil(length / side) // length for x, length in zip(at, size[i], strict=True)]
+            tiles.setdefault((i, *(x // tile_side for x in in_cells)), []).append(number)
+        for members in map(torch.tensor, tiles.values()):
+            mine = torch.isin(place, members)
+            error, trusted = importance[mine].sum(), trust * expected.mean()
+            ratio[members] = (error + trusted * ratio[members[0]]) / (expected[mine].sum() + trusted)
+    law = torch.where(kept, (sums / count)[cells] * (ratio / overall) ** power, 0.0)
     return law / law.sum()
 
 
@@ -375,7 +369,7 @@ def test_detail_rays_follow_detail_and_then_the_error_of_tiles(case, side):
     settings = dict(cell_side=side, interval=3, trust=2.0, correction=1.5)
     sampler, batch, told = prepared("detail", case, 100, **settings), case.batch(), []
     detail = torch.cat([laplacian(image).flatten().double() for image in case.shown()]) + 0.003
-    static, kept = case.evened(detail / 256, side), case.uniform() > 0
+    static, kept = case.evened(detail, side), case.uniform() > 0
     for number in range(3):
         rays = sampler.sample(batch)
         if number == 0:
@@ -773,7 +767,7 @@ def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     strategy = sampler.strategy
     density = strategy.edges if kind == "langevin" else strategy.map
     side = density.grid.side
-    per_cell = dens.bytes_per_entry(2 if kind in ("quadtree", "active") else 1) + (kind == "detail")
+    per_cell = 2.5 if kind == "detail" else dens.bytes_per_entry(2 if kind in ("quadtree", "active") else 1)
     assert num_pixels / side**2 * per_cell <= budget < num_pixels / (side - 1) ** 2 * per_cell
     if kind == "langevin":
         pool, law = density.draw(20_000), case.edges(side)

@@ -14,6 +14,8 @@ BRANCHES = 32
 """Entries that are summed into one entry of the level above."""
 CHUNK = BRANCHES << 16
 """Entries summed at a time while a density is tabulated, which bounds its temporary memory."""
+SEARCHED = 1 << 15
+"""Entries of a level that is searched as a whole."""
 OCTAVES = 24
 """Bytes stand for weights from 2^-OCTAVES to 1."""
 LARGEST = 1 << 30
@@ -57,7 +59,9 @@ def weight(codes: UInt8[Tensor, "*n"] | Int32[Tensor, "*n"]) -> Int64[Tensor, "*
     >>> weight(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, LARGEST]
     True
     """
-    return codes.long() if codes.dtype == torch.int32 else _weights(codes.device)[codes.int()]
+    if codes.dtype == torch.int32:
+        return codes.long()
+    return _weights(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 @functools.lru_cache
@@ -116,9 +120,13 @@ def draw(density: DiscreteDensity, count: int, generator: torch.Generator | None
     device = density.codes.device
     everything = total(density)
     target = _below(everything, torch.randint(1 << 31, (2, count), generator=generator, device=device))
-    entry = torch.zeros_like(target)
-    chosen = target
-    for values in (*reversed(density.sums), density.codes):
+    # one search in the largest level that can be summed up in no time saves the levels above it
+    start = next((n for n, values in enumerate(density.sums) if len(values) <= SEARCHED), len(density.sums) - 1)
+    ends = density.sums[start].cumsum(0)
+    entry = torch.searchsorted(ends, target, right=True).clamp_max(len(ends) - 1)
+    chosen = density.sums[start][entry]
+    target = target - (ends[entry] - chosen)
+    for values in (*reversed(density.sums[:start]), density.codes):
         children = _children(values, entry)
         ends = children.cumsum(dim=1)
         branch = torch.searchsorted(ends, target[:, None], right=True).clamp_max(BRANCHES - 1)
@@ -140,12 +148,15 @@ def _below(end: Tensor, bits: Tensor) -> Tensor:
 
 def _children(values: Tensor, block: Tensor) -> Tensor:
     """Weights [k, 32] of the entries of some blocks; 0 past the end."""
-    if len(values) % BRANCHES == 0:
-        chosen = values.view(-1, BRANCHES).index_select(0, block)
-        return chosen if chosen.dtype == torch.int64 else weight(chosen)
-    index = block[:, None] * BRANCHES + torch.arange(BRANCHES, device=block.device)
-    chosen = weight(values[index.clamp_max(len(values) - 1)])
-    return torch.where(index < len(values), chosen, 0)
+    whole = len(values) // BRANCHES
+    if whole == 0:
+        chosen = _padded(values).expand(len(block), BRANCHES)
+    else:
+        chosen = values[: whole * BRANCHES].view(-1, BRANCHES).index_select(0, block.clamp_max(whole - 1))
+        if len(values) % BRANCHES:
+            rest = _padded(values[whole * BRANCHES :])
+            chosen = torch.where((block == whole)[:, None], rest, chosen)
+    return chosen if chosen.dtype == torch.int64 else weight(chosen)
 
 
 def probability(density: DiscreteDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:

@@ -9,28 +9,24 @@ import torch
 from torch import Tensor
 
 from nerfstudio_softmining.mining import density as dens
-from nerfstudio_softmining.mining import edges
+from nerfstudio_softmining.mining import edges, tiles
 from nerfstudio_softmining.sampling.feedback import MiningBatch
-from nerfstudio_softmining.sampling.grid import Grid
 from nerfstudio_softmining.sampling.pixels import CachedPixels
-from nerfstudio_softmining.sampling.strategy import CellDensity, MapStrategy, StrategyConfig, rays_of
+from nerfstudio_softmining.sampling.strategy import MapStrategy, StrategyConfig, rays_of
+from nerfstudio_softmining.sampling.tiles import TiledCellDensity, Tiling
 
 GROWTH = 1.25
 """Factor from one interval to the next."""
 KEPT = 0.5
 """Share of the weight of all errors seen so far that is kept after a correction."""
-LEVELS = 4
-"""Sizes of tiles, each twice the one before."""
-HEADROOM = 8
-"""Octaves by which a tile's density may be corrected, up or down."""
-CODES = 254 / dens.OCTAVES
-"""Codes of a density to an octave."""
-SMALLEST_TILE = 4
-"""Side in cells of the smallest tiles, at least."""
-TILE_BYTES = 16
-"""Memory that is counted for a tile and its share of the larger ones."""
-CHUNK = 1 << 20
-"""Cells that are corrected at a time, which bounds the temporary memory."""
+LARGEST_RATIO = 64.0
+"""Factor between the error of a tile and what is expected of it, at most; what one error beyond measure can do."""
+LARGER = 3
+"""Sizes of tiles, each twice the one before, that the smallest ones borrow from."""
+SMALLEST = 4
+"""Side in cells of a tile, at least."""
+TILE_BYTES = 24
+"""Memory of a tile beside its cells."""
 
 
 @dataclass
@@ -62,12 +58,12 @@ class DetailStrategy(MapStrategy):
     around it have, corrects the density of all its pixels. At the optimum of a training whose errors fall as powers of
     the rays spent, rays are in proportion to the squared error.
 
-    Takes 0.54 bytes a training pixel, in cells of 2 x 2. A step costs O(batch); corrections take all cells, at
-    growing intervals.
+    Takes 0.63 bytes a training pixel, in cells of 2 x 2. A step costs O(batch); corrections cost O(tiles), at growing
+    intervals.
     """
 
     config: DetailConfig
-    map: CellDensity
+    map: TiledCellDensity | None = None  # type: ignore[assignment]
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -75,82 +71,45 @@ class DetailStrategy(MapStrategy):
 
     def cache(self, pixels: CachedPixels) -> None:
         super().cache(pixels)
-        grid = self.make_grid("details", dens.bytes_per_entry() + TILE_BYTES / SMALLEST_TILE**2)
-
-        def weights(slot: int) -> Tensor:
-            detail = (edges.laplacian(pixels.image(slot)) + self.config.floor).clamp_max(1.0)
-            return detail * 2.0**-HEADROOM
-
-        self.map = CellDensity.of_weights(grid, weights, "Finding details")
-        side = max(self.config.tile, SMALLEST_TILE * grid.side)
-        self.tiles = [Grid.of_side(pixels, side << level) for level in range(LEVELS)]
-        self.seen = [torch.zeros(2, tiles.num_cells, device=pixels.device) for tiles in self.tiles]
-        """Sums of the errors of rays in each tile, and of what was expected of them, of each size."""
+        grid = self.make_grid("details", 1 + TILE_BYTES / SMALLEST**2)
+        tiling = Tiling(grid, max(SMALLEST, -(-self.config.tile // grid.side)))
+        self.map = TiledCellDensity.of_weights(
+            tiling, lambda slot: edges.laplacian(pixels.image(slot)) + self.config.floor, "Finding details"
+        )
+        if self.map.is_empty():
+            self.map = None
+        self.seen = torch.zeros(2, tiling.num_tiles, device=pixels.device)
+        """Sums of the errors of rays in each tile, and of what was expected of them."""
         self.rays = 0.0
         """How many rays these are of."""
-        self.offset = torch.zeros(self.tiles[0].num_cells, dtype=torch.int32, device=pixels.device)
-        """Correction of the density of each of the smallest tiles, in codes."""
 
     def update(self, feedback: MiningBatch, applied: Tensor | bool) -> None:
-        if self.config.correction == 0:
+        if self.config.correction == 0 or self.map is None:
             return
         assert feedback.importance is not None
-        device = self.pixels.device
-        rays = rays_of(feedback, device)
-        tile = self.tiles[0].cell(rays)
-        code = self.map.table.codes[self.map.grid.cell(rays)].int() - self.offset[tile]
-        seen = torch.stack((feedback.importance.detach().to(device), torch.exp2((code - 255) / (2 * CODES))))
-        seen = torch.where(seen[0].isfinite() & applied, seen, 0.0)
-        for tiles, sums in zip(self.tiles, self.seen, strict=True):
-            sums.index_add_(1, tiles.cell(rays), seen)
-        self.rays += len(code)
+        table, tiling = self.map.table, self.map.tiling
+        entry = tiling.entry(rays_of(feedback, self.pixels.device))
+        expected = (dens.weight(table.codes.view(-1)[entry]) / dens.LARGEST).sqrt()
+        seen = torch.stack((feedback.importance.detach().to(expected.device), expected))
+        self.seen.index_add_(1, entry // tiling.side**2, torch.where(seen[0].isfinite() & applied, seen, 0.0))
+        self.rays += len(entry)
         self.steps += 1
         if self.steps == self.interval:
-            self._correct()
-            for sums in self.seen:
-                sums *= KEPT
+            trust = self.config.trust * self.seen[1].sum() / self.rays
+            ratio = tiles.borrowed(*self.seen, tiling.above(LARGER), trust)
+            ratio = ratio * (self.seen[1].sum() / self.seen[0].sum())
+            ratio = ratio.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+            self.map = self.map.corrected(ratio.pow(self.config.correction))
+            self.seen *= KEPT
             self.rays *= KEPT
             self.interval, self.steps = max(int(self.interval * GROWTH), self.interval + 1), 0
 
-    def _correct(self) -> None:
-        """Correct the density by what has been seen."""
-        mean = self.seen[0].sum(dim=1) / self.rays
-        trust = self.config.trust * mean[1]
-        ratio = (mean[0] / mean[1])[None]
-        for level in reversed(range(LEVELS)):
-            tiles, (error, expected) = self.tiles[level], self.seen[level]
-            if level < LEVELS - 1:
-                slot, first = tiles.first(torch.arange(tiles.num_cells, device=error.device))
-                ratio = ratio[self.tiles[level + 1].cell_of(slot, first)]
-            ratio = (error + trust * ratio) / (expected + trust)
-        octaves = self.config.correction * (ratio / (mean[0] / mean[1])).log2().nan_to_num(0.0)
-        self._set((octaves.clamp(-HEADROOM, HEADROOM) * CODES).round().int())
-
-    def _set(self, offset: Tensor) -> None:
-        """Take other corrections."""
-        grid, codes = self.map.grid, self.map.table.codes
-        change = offset - self.offset
-        for start in range(0, grid.num_cells, CHUNK):
-            part = slice(start, min(start + CHUNK, grid.num_cells))
-            slot, first = grid.first(torch.arange(part.start, part.stop, device=codes.device))
-            code = codes[part].int()
-            moved = (code + change[self.tiles[0].cell_of(slot, first)]).clamp(1, 255)
-            codes[part] = torch.where(code > 0, moved, 0).to(torch.uint8)
-        self.offset = offset
-        self.map = CellDensity(grid, dens.tabulate(codes))
-
     def state_dict(self) -> dict:
-        return {
-            "interval": self.interval,
-            "steps": self.steps,
-            "rays": self.rays,
-            "seen": [sums.clone() for sums in self.seen],
-            "offset": self.offset,
-        }
+        state = {"interval": self.interval, "steps": self.steps, "rays": self.rays, "seen": self.seen.clone()}
+        return state | ({} if self.map is None else {"factors": self.map.table.factors})
 
     def load_state_dict(self, state: dict) -> None:
         self.interval, self.steps = state["interval"], state["steps"]
-        if len(state["offset"]) == len(self.offset):
-            self.rays = state["rays"]
-            self.seen = [sums.to(self.pixels.device) for sums in state["seen"]]
-            self._set(state["offset"].to(self.pixels.device))
+        if self.map is not None and state["seen"].shape == self.seen.shape:
+            self.rays, self.seen = state["rays"], state["seen"].to(self.pixels.device)
+            self.map = self.map.corrected(state["factors"].to(self.pixels.device))
