@@ -63,7 +63,7 @@ class DetailStrategy(MapStrategy):
     """
 
     config: DetailConfig
-    map: TiledCellDensity | None = None  # type: ignore[assignment]
+    map: TiledCellDensity | None = None
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -80,7 +80,7 @@ class DetailStrategy(MapStrategy):
             self.map = None
         self.seen = torch.zeros(2, tiling.num_tiles, device=pixels.device)
         """Sums of the errors of rays in each tile, and of what was expected of them."""
-        self.rays = 0.0
+        self.rays = torch.zeros((), device=pixels.device)
         """How many rays these are of."""
 
     def update(self, feedback: MiningBatch, applied: Tensor | bool) -> None:
@@ -91,25 +91,29 @@ class DetailStrategy(MapStrategy):
         entry = tiling.entry(rays_of(feedback, self.pixels.device))
         expected = (dens.weight(table.codes.view(-1)[entry]) / dens.LARGEST).sqrt()
         seen = torch.stack((feedback.importance.detach().to(expected.device), expected))
-        self.seen.index_add_(1, entry // tiling.side**2, torch.where(seen[0].isfinite() & applied, seen, 0.0))
-        self.rays += len(entry)
+        useful = seen[0].isfinite() & applied
+        self.seen.index_add_(1, entry // tiling.side**2, torch.where(useful, seen, 0.0))
+        self.rays += useful.sum()
         self.steps += 1
         if self.steps == self.interval:
-            trust = self.config.trust * self.seen[1].sum() / self.rays
-            ratio = tiles.borrowed(*self.seen, tiling.above(LARGER), trust)
-            ratio = ratio * (self.seen[1].sum() / self.seen[0].sum())
-            ratio = ratio.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
-            self.map = self.map.corrected(ratio.pow(self.config.correction))
+            self.map = self.map.corrected(self._factors(tiling))
             self.seen *= KEPT
             self.rays *= KEPT
             self.interval, self.steps = max(int(self.interval * GROWTH), self.interval + 1), 0
 
+    def _factors(self, tiling: Tiling) -> Tensor:
+        """What each tile's density is to be multiplied by, after what has been seen."""
+        error, expected = self.seen.sum(dim=1)
+        trust = self.config.trust * expected / self.rays
+        ratio = tiles.borrowed(*self.seen, tiling.above(LARGER), trust) * (expected / error)
+        return ratio.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO).pow(self.config.correction)
+
     def state_dict(self) -> dict:
-        state = {"interval": self.interval, "steps": self.steps, "rays": self.rays, "seen": self.seen.clone()}
+        state = {"interval": self.interval, "steps": self.steps, "rays": self.rays.clone(), "seen": self.seen.clone()}
         return state | ({} if self.map is None else {"factors": self.map.table.factors})
 
     def load_state_dict(self, state: dict) -> None:
         self.interval, self.steps = state["interval"], state["steps"]
         if self.map is not None and state["seen"].shape == self.seen.shape:
-            self.rays, self.seen = state["rays"], state["seen"].to(self.pixels.device)
+            self.rays, self.seen = state["rays"].to(self.pixels.device), state["seen"].to(self.pixels.device)
             self.map = self.map.corrected(state["factors"].to(self.pixels.device))
