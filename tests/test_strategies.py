@@ -878,10 +878,8 @@ def caches(draw) -> tuple[dict, list]:
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(caches(), st.sampled_from(sorted(STRATEGIES)), st.integers(1, 70), st.integers(1, 5), st.booleans())
 def test_any_cache_can_be_drawn_from(cache, kind, rays, side, panorama):
-    (batch, masks), changes = (
-        cache,
-        dict(uniform_share=0.0) if kind in ("edge", "langevin", "multinomial", "detail") else {},
-    )
+    batch, masks = cache
+    changes = dict(uniform_share=0.0) if kind in ("edge", "langevin", "multinomial", "detail") else {}
     changes |= dict(side=side) if kind == "multinomial" else {}
     sampler = make_sampler(rays, 4, kind=kind, cell_side=side, is_equirectangular=panorama, **KINDS[kind] | changes)
     sampler.cameras = make_cameras(4, *batch["image"][0].shape[:2])

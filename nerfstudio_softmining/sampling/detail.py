@@ -103,9 +103,10 @@ class DetailStrategy(MapStrategy):
 
     def _factors(self, tiling: Tiling) -> Tensor:
         """What each tile's density is to be multiplied by, after what has been seen."""
-        error, expected = self.seen.sum(dim=1)
-        trust = self.config.trust * expected / self.rays
-        ratio = tiles.borrowed(*self.seen, tiling.above(LARGER), trust) * (expected / error)
+        error, expected = self.seen
+        everything = expected.sum()
+        ratio = tiles.borrowed(error, expected, tiling.above(LARGER), self.config.trust * everything / self.rays)
+        ratio = ratio * (everything / error.sum())
         return ratio.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO).pow(self.config.correction)
 
     def state_dict(self) -> dict:
