@@ -24,7 +24,7 @@ from image_cases import SMALL, make_photo, picture
 from nerfstudio_softmining.bench.results import Results
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images import fit as fits
-from nerfstudio_softmining.images import image, report
+from nerfstudio_softmining.images import forecast, image, report
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, load, load_field, save
@@ -575,3 +575,30 @@ def test_a_perfect_reconstruction_can_be_shown(tmp_path):
     for figure in (report.crops(photo, pictures), report.maps(photo, pictures)):
         figure.savefig(tmp_path / "figure.png")
         assert pixels_of(tmp_path / "figure.png").std() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- forecast
+
+
+def test_forecasts_are_between_none_and_all_of_the_truth(photo_file, capsys):
+    forecast.main(forecast.Forecast(photo_file, at=(3, 40), config=CONFIG))
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names = [row[0].strip() for row in rows[1:]]
+    assert len(names) >= 8 and all(0 <= float(value) <= 1 for row in rows[1:] for value in row[1:] if value.strip())
+    assert any(name.startswith("own error") for name in names)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
+def test_tile_means_are_the_means_of_tiles(height, width, side):
+    values = torch.rand(height, width, generator=torch.Generator().manual_seed(height))
+    means = forecast.tile_means(values, side)
+    for row in range(height):
+        for column in range(width):
+            top, left = row // side * side, column // side * side
+            torch.testing.assert_close(means[row, column], values[top : top + side, left : left + side].mean())
+
+
+def test_what_is_known_explains_itself_and_noise_explains_nothing():
+    values, noise = torch.randn(2, 50, 60, generator=torch.Generator().manual_seed(0))
+    assert abs(forecast.explained(3 - 2 * values, values) - 1) < 1e-5 and forecast.explained(noise, values) < 0.01
