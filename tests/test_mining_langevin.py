@@ -198,6 +198,37 @@ def test_those_that_leave_or_are_low_start_anew_and_only_those(d, share):
         torch.testing.assert_close(part, torch.where(chosen, new, old), equal_nan=True)
 
 
+@pytest.mark.parametrize("count", [3, 50, 5000])
+@pytest.mark.parametrize("leaving", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_chains_that_start_anew_do_so_at_places_of_their_own_unless_most_leave(count, leaving, share):
+    drawn: list[Pool] = []
+
+    class Line(Box):
+        def propose(self, count: int) -> Pool:
+            drawn.append(pool_at(0.01 * torch.rand(count, 1, generator=seeded(7))))
+            return drawn[-1]
+
+    position = torch.full((count, 1), 0.5)
+    position[: round(leaving * count)] = 2.0
+    result, info = langevin.step(
+        pool_at(position),
+        torch.zeros(count, 1),
+        torch.rand(count),
+        Line(1, 1.0),
+        drift=0.0,
+        noise=0.0,
+        reinit_share=share,
+    )
+    anew = result.position[info.left | info.low]
+    assert len(drawn) == 1 and len(drawn[0].chart) <= max(count, 0.3 * count + 100)
+    assert torch.isin(anew, drawn[0].position).all()
+    if leaving < 1 or count < 64:
+        assert len(anew.unique()) == len(anew)
+    else:
+        assert len(drawn[0].chart) < 0.3 * count + 100 and len(anew.unique()) == min(len(anew), len(drawn[0].chart))
+
+
 def test_a_step_changes_neither_its_pool_nor_the_global_randomness():
     pool = pool_at(torch.rand(9, 2, generator=seeded()))
     before, state = Pool(*(part.clone() for part in pool)), torch.get_rng_state()
