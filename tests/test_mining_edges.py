@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nerfstudio_softmining.mining import edges
 from nerfstudio_softmining.mining.edges import laplacian, local_deviation, sobel
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -146,3 +147,12 @@ def test_detail_is_the_difference_from_the_mean_of_the_surroundings(image):
 def test_a_slope_has_no_detail_within():
     slope = torch.arange(12.0)[:, None, None] / 12 + torch.arange(9.0)[None, :, None] / 20
     assert laplacian(slope)[1:-1, 1:-1].max() < 1e-6 < 0.01 < laplacian(slope)[0].min()
+
+
+@pytest.mark.parametrize("function", [sobel, local_deviation, laplacian])
+@pytest.mark.parametrize("band", [1, 17, 34, 60])
+def test_images_that_are_looked_at_in_parts_give_the_same(function, band, monkeypatch):
+    image = torch.rand(11, 17, 3, generator=torch.Generator().manual_seed(0))
+    whole = function(image)
+    monkeypatch.setattr(edges, "BAND", band)
+    assert torch.equal(function(image), whole)

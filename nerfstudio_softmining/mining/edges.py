@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+BAND = 1 << 22
+"""Pixels that are looked at a time."""
 
+
+def _by_rows(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply a function of 3 x 3 surroundings to some rows at a time, which bounds its temporary memory."""
+
+    @functools.wraps(function)
+    def applied(image: Tensor) -> Tensor:
+        height, width, _ = image.shape
+        rows = max(1, BAND // width)
+        if height <= rows:
+            return function(image)
+        parts = []
+        for start in range(0, height, rows):
+            first, end = max(0, start - 1), min(height, start + rows + 1)
+            parts.append(function(image[first:end])[start - first :][:rows])
+        return torch.cat(parts)
+
+    return applied
+
+
+@_by_rows
 def sobel(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     """Sobel gradient magnitude over all channels (section 4.1), in [0, 1] for values in [0, 1].
 
@@ -27,6 +53,7 @@ def sobel(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     return ((across.square() + down.square()).sum(dim=0) / (2 * len(padded))).sqrt()
 
 
+@_by_rows
 def local_deviation(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     """Standard deviation of the colours in the 3 x 3 pixels around each, in [0, 0.5] for values in [0, 1].
 
@@ -38,12 +65,20 @@ def local_deviation(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     >>> local_deviation(step)[0]
     tensor([0.0000, 0.4714, 0.4714, 0.0000])
     """
-    channels = F.pad(image.permute(2, 0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
-    # relative to the middle, so that equal pixels have exactly none
-    around = F.unfold(channels, 3).view(channels.shape[0], 9, *image.shape[:2]) - image.permute(2, 0, 1)[:, None]
-    return around.var(dim=1, correction=0).mean(dim=0).sqrt()
+    height, width, _ = image.shape
+    channels = image.permute(2, 0, 1)
+    padded = F.pad(channels[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    first, second = torch.zeros_like(channels), torch.zeros_like(channels)
+    for down in range(3):
+        for right in range(3):
+            # relative to the middle, so that equal pixels have exactly none
+            difference = padded[:, down : down + height, right : right + width] - channels
+            first += difference
+            second += difference.square_()
+    return (second / 9 - (first / 9).square_()).clamp_min_(0).mean(dim=0).sqrt()
 
 
+@_by_rows
 def laplacian(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     """Absolute difference of each pixel and the mean of the 3 x 3 around it, over all channels, in [0, 8/9] for values
     in [0, 1].
