@@ -120,15 +120,19 @@ class QuadtreeStrategy(MapStrategy):
         codes = torch.empty_like(self.contrast)
         for slot, deepest in enumerate(self.deepest):
             (height, width), part = pixels.sizes[slot], grid.part(slot)
-            cell = torch.arange(part.start, part.stop, device=pixels.device)
             mass = grid.masses(slot)
-            own = self.parts.cell_of(*grid.first(cell)) - self.parts.starts[slot]
-            depth = self.depth[self.parts.part(slot)]
-            row, column = own // 2**deepest, own % 2**deepest
-            level = depth[own].long()
+            depth = self.depth[self.parts.part(slot)].view(2**deepest, 2**deepest)
+            # the part that each row and each column of cells begins in
+            row, column = (
+                -(-torch.arange(count, device=pixels.device) * size // count) * 2**deepest // size
+                for size, count in zip((height, width), grid.shapes[slot], strict=True)
+            )
+            level = depth[row][:, column].int()
             # a number for the leaf of each cell: its depth, row and column
-            shift = deepest - level
-            leaf = (4**level - 1) // 3 + (row >> shift) * 2**level + (column >> shift)
+            leaf = ((1 << 2 * level) - 1) // 3
+            leaf += (row[:, None].int() >> deepest - level) << level
+            leaf += column.int() >> deepest - level
+            level, leaf = level.flatten(), leaf.flatten()
 
             contrast = dens.weight(self.contrast[part]) / dens.LARGEST
             sums = torch.zeros(2, (4 ** (deepest + 1) - 1) // 3, device=pixels.device)
