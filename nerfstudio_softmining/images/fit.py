@@ -128,9 +128,7 @@ class Fit:
         self.size = torch.tensor(photo.size, dtype=torch.float32, device=device)
         torch.manual_seed(settings.seed)
         self.field = Field(self.config, photo.size, photo.values.shape[2], device)
-        self.average = AveragedModel(
-            self.field, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY**AVERAGED_EVERY), use_buffers=False
-        )
+        self.average = AveragedModel(self.field, multi_avg_fn=self._average, use_buffers=False)
         self.optimizer = torch.optim.Adam(
             self.field.parameters(), self.config.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=True
         )
@@ -181,6 +179,12 @@ class Fit:
         strategy.update(batch, applied=True)
         self.drawn.append(position.detach())
         self.iteration += 1
+
+    def _average(self, averaged, current, _: Tensor | int) -> None:
+        """Let the averaged weights follow; closely at first, so that early pictures show what has been learnt."""
+        updates = self.iteration // AVERAGED_EVERY
+        decay = min(AVERAGE_DECAY**AVERAGED_EVERY, (1 + updates) / (10 + updates))
+        get_ema_multi_avg_fn(decay)(averaged, current, updates)
 
     @torch.no_grad()
     def predict(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
