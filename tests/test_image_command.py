@@ -283,6 +283,15 @@ def test_ctrl_c_before_the_first_step_is_no_failure(photo_file, tmp_path, monkey
     assert run(photo_file, tmp_path) == 0 and len(qualities(tmp_path)) == 2
 
 
+@pytest.fixture
+def _heard():
+    """Ctrl-C as in a terminal; it is ignored where tests run in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("_heard")
 def test_a_second_ctrl_c_ends_at_once(photo_file, tmp_path, monkeypatch):
     def twice(fit: Fit) -> None:
         for _ in range(2):
