@@ -105,7 +105,8 @@ def main(cost: Cost) -> None:
         box=box.MARKDOWN,
         title_justify="left",
     )
-    for heading in ("sampler", *STAGES, "step", "over " + cost.samplers[0]):
+    table.add_column("sampler", no_wrap=True, min_width=max(map(len, seconds)))
+    for heading in (*STAGES, "step", "over " + cost.samplers[0]):
         table.add_column(heading, justify="right")
     base = None
     for name, rows in seconds.items():
