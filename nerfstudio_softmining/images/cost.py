@@ -3,7 +3,8 @@
     python -m nerfstudio_softmining.images.cost PHOTO --samplers uniform langevin edge
 
 Steps of the samplers alternate, so that whatever else the machine does falls on all of them alike. The backward pass is
-cut in two at the features of the hash grid. In torch only: tiny-cuda-nn's passes can not be taken apart.
+cut in two at the features of the hash grid. Medians leave out what every tenth step has on top, the averaged weights.
+In torch only: tiny-cuda-nn's passes can not be taken apart.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from nerfstudio_softmining import compat
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
-from nerfstudio_softmining.sampling.feedback import MiningBatch
-from nerfstudio_softmining.sampling.strategy import indices_of
 
 STAGES = ("draw", "look up", "encode", "network", "loss", "network back", "encode back", "optimizer", "update")
 WARM_UP = 10
@@ -50,21 +49,15 @@ class Cost:
 def timed_step(fit: Fit) -> list[float]:
     """One step of a fit, as `Fit.step`, and the seconds of its stages."""
     marks = [_now()]
-    strategy, config = fit.strategy, fit.config
-    pool, num_uniform = strategy.draw(config.batch)
-    batch = MiningBatch(indices_of(pool), pool.density, num_uniform, strategy.config.reweighted, step=fit.iteration)
-    position = pool.position.detach()
-    if strategy.wants_gradient:
-        batch.coords = position.requires_grad_()
+    batch, position = fit.draw()
     marks.append(_now())
-    truth = fit.photo.lookup(position if config.photo_gradient else position.detach())
+    truth = fit.truth(position)
     marks.append(_now())
     features = fit.field.encoding(position / fit.size)
     marks.append(_now())
     leaf = features.detach().requires_grad_()
     prediction = fit.field.network(leaf)
     marks.append(_now())
-    fit.loss.batch = batch
     loss = fit.loss(truth, prediction)
     marks.append(_now())
     fit.optimizer.zero_grad()
@@ -72,11 +65,9 @@ def timed_step(fit: Fit) -> list[float]:
     marks.append(_now())
     features.backward(leaf.grad)
     marks.append(_now())
-    fit.optimizer.step()
-    fit.scheduler.step()
+    fit.optimise()
     marks.append(_now())
-    strategy.update(batch, applied=True)
-    fit.iteration += 1
+    fit.learn(batch, position)
     marks.append(_now())
     return np.diff(marks).tolist()
 

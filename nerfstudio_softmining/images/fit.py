@@ -159,6 +159,15 @@ class Fit:
 
     def step(self) -> None:
         """Train on one batch."""
+        batch, position = self.draw()
+        loss = self.loss(self.truth(position), self.field(position / self.size))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimise()
+        self.learn(batch, position)
+
+    def draw(self) -> tuple[MiningBatch, Float[Tensor, "n 2"]]:
+        """Draw the points of a step; their positions are in pixels."""
         strategy = self.strategy
         pool, num_uniform = strategy.draw(self.config.batch)
         batch = MiningBatch(
@@ -168,15 +177,22 @@ class Fit:
         if strategy.wants_gradient:
             batch.coords = position.requires_grad_()
         self.loss.batch = batch
-        truth = self.photo.lookup(position if self.config.photo_gradient else position.detach())
-        loss = self.loss(truth, self.field(position / self.size))
-        self.optimizer.zero_grad()
-        loss.backward()
+        return batch, position
+
+    def truth(self, position: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
+        """Values of the photograph at the points of a step."""
+        return self.photo.lookup(position if self.config.photo_gradient else position.detach())
+
+    def optimise(self) -> None:
+        """Take the optimizer's step, and let the averaged weights follow now and then."""
         self.optimizer.step()
         self.scheduler.step()
         if self.iteration % AVERAGED_EVERY == 0:
             self.average.update_parameters(self.field)
-        strategy.update(batch, applied=True)
+
+    def learn(self, batch: MiningBatch, position: Float[Tensor, "n 2"]) -> None:
+        """Tell the strategy how the points of a step fared."""
+        self.strategy.update(batch, applied=True)
         self.drawn.append(position.detach())
         self.iteration += 1
 

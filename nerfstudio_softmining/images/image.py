@@ -7,7 +7,7 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.bench.meter import Meter
@@ -50,6 +51,8 @@ DRAWS_SIDE = 384
 """Longer side in pixels of the picture of draws."""
 SAVE_EVERY = 1000
 """Iterations between two checkpoints."""
+ROWS = 256
+"""Rows of a picture that are compared with the photograph at a time."""
 LARGEST_SIDE = 1 << 16
 """Pixels of a side that can be rendered."""
 
@@ -246,25 +249,29 @@ def _picture(run: Run, photo: Photo) -> report.Picture:
     """The reconstruction of a fit, written at its full size, and its PSNR over all pixels."""
     state = load(run.checkpoint, photo.values.device)
     field, _ = load_field(state, photo.values.device)
-    height, width, channels = photo.values.shape
-    picture = torch.empty(height, width, channels)
-    row, squared = 0, 0.0
-    with Progress(*COLUMNS, console=CONSOLE, transient=True) as progress:
-        for part in progress.track(
-            render(field, photo.size, photo.values.device),
-            total=num_parts(photo.size),
-            description=f"Rendering {run.settings.sampler}",
-        ):
-            truth = photo.values[row : row + len(part)].cpu()
-            squared += float((part.clamp(0, 1) - truth).square().sum(dtype=torch.float64))
-            picture[row : row + len(part)] = part.clamp(0, 1)
-            row += len(part)
+    picture = _rendered(field, photo.values.shape, photo.values.device, f"Rendering {run.settings.sampler}")
+    picture.clamp_(0, 1)
+    # some rows at a time, which bounds the memory
+    squared = sum(
+        float((part - truth.cpu()).square().sum(dtype=torch.float64))
+        for part, truth in zip(picture.split(ROWS), photo.values.split(ROWS), strict=True)
+    )
     error = squared / picture.numel()
     psnr = -10 * math.log10(error) if error > 0 else math.inf
     path = photos.write(photo.encoding.decode(picture), run.folder / "reconstruction")
     draws = cv2.imread(str(run.folder / "draws.png"), cv2.IMREAD_GRAYSCALE)
     octaves = None if draws is None else (draws.astype(np.float32) - 128) / 16
     return report.Picture(run.settings.sampler, state["iteration"], picture, psnr, path, octaves)
+
+
+def _rendered(field: nn.Module, shape: Sequence[int], device: torch.device, description: str) -> Tensor:
+    """The whole picture [h, w, c] of a field, on the CPU, with a progress bar."""
+    picture, row, size = torch.empty(*shape), 0, (shape[0], shape[1])
+    with Progress(*COLUMNS, console=CONSOLE, transient=True) as progress:
+        for part in progress.track(render(field, size, device), total=num_parts(size), description=description):
+            picture[row : row + len(part)] = part
+            row += len(part)
+    return picture
 
 
 def run_render(checkpoint: Path, output: Path, size: tuple[int, int] | None, scale: float) -> None:
@@ -288,14 +295,7 @@ def run_render(checkpoint: Path, output: Path, size: tuple[int, int] | None, sca
             f"the picture would have {height} x {width} pixels: each side has 1 to {LARGEST_SIDE:,}. Mend --size or "
             f"--scale ({scale})."
         )
-    picture = torch.empty(height, width, encoding.channels)
-    row = 0
-    with Progress(*COLUMNS, console=CONSOLE, transient=True) as progress:
-        for part in progress.track(
-            render(field, (height, width), device), total=num_parts((height, width)), description="Rendering"
-        ):
-            picture[row : row + len(part)] = part
-            row += len(part)
+    picture = _rendered(field, (height, width, encoding.channels), device, "Rendering")
     try:
         path = photos.write(encoding.decode(picture), output)
     except (OSError, cv2.error) as error:

@@ -88,12 +88,11 @@ class Photo:
         Differentiable with respect to the position; beyond the outermost centres the values are theirs.
         """
         height, width, channels = self.values.shape
-        last = torch.tensor((height - 1, width - 1), device=position.device)
-        place = (position - 0.5).clamp_min(0).minimum(last.to(position.dtype))
-        first = place.detach().long()
-        down, across = (place - first)[..., None].unbind(1)
-        after = (first + 1).minimum(last)
-        (top, left), (bottom, right) = first.unbind(-1), after.unbind(-1)
+        row, column = (position - 0.5).unbind(-1)
+        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+        top, left = row.detach().long(), column.detach().long()
+        down, across = (row - top)[:, None], (column - left)[:, None]
+        bottom, right = (top + 1).clamp_max(height - 1), (left + 1).clamp_max(width - 1)
         flat = self.values.view(-1, channels)
         index = torch.stack((top * width + left, top * width + right, bottom * width + left, bottom * width + right))
         a, b, c, d = flat.index_select(0, index.flatten()).view(4, -1, channels)

@@ -55,9 +55,13 @@ class Grid:
 
     def cell_of(self, slot: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]) -> Int64[Tensor, " n"]:
         """The cell that each pixel is in."""
-        row = pixels[:, 0] * self.rows[slot] // self.pixels.height[slot]
-        column = pixels[:, 1] * self.columns[slot] // self.pixels.width[slot]
+        row, column = self.place_of(slot, pixels)
         return self.start[slot] + row * self.columns[slot] + column
+
+    def place_of(self, slot: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]) -> tuple[Tensor, Tensor]:
+        """Row and column of that cell on its image."""
+        row = pixels[:, 0] * self.rows[slot] // self.pixels.height[slot]
+        return row, pixels[:, 1] * self.columns[slot] // self.pixels.width[slot]
 
     def _rectangle(self, cell: Int64[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor]:
         """Slot of some cells [n], their first pixels [n, 2] and the ends of their rows and columns [n, 2]."""

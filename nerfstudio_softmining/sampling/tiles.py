@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -31,15 +31,19 @@ class Tiling:
         self.grid, self.side = grid, side
         self.shapes = [(-(-rows // side), -(-columns // side)) for rows, columns in grid.shapes]
         """Rows and columns of tiles of each image."""
-        self.columns, self.ends = self._laid_out(self.shapes)
-        self.start = self.ends.roll(1).index_fill(0, torch.zeros(1, dtype=torch.int64, device=self.ends.device), 0)
-        self.num_tiles = sum(rows * columns for rows, columns in self.shapes)
+        self.columns, self.start, self.ends = self._laid_out(self.shapes)
+        self.starts = [0, *accumulate(rows * columns for rows, columns in self.shapes)]
+        """Where the tiles of each image begin in the row of all tiles, on the host."""
+        self.num_tiles = self.starts[-1]
+
+    def part(self, slot: int) -> slice:
+        """Where the tiles of an image are in the row of all tiles."""
+        return slice(self.starts[slot], self.starts[slot + 1])
 
     def entry(self, pool: Pool) -> Int64[Tensor, " n"]:
         """The entry of the cell that each chain is in."""
-        grid, slot, pixels = self.grid, self.grid.pixels.slot[pool.chart], pixel(pool)
-        row = pixels[:, 0] * grid.rows[slot] // grid.pixels.height[slot]
-        column = pixels[:, 1] * grid.columns[slot] // grid.pixels.width[slot]
+        slot = self.grid.pixels.slot[pool.chart]
+        row, column = self.grid.place_of(slot, pixel(pool))
         tile = self.start[slot] + row // self.side * self.columns[slot] + column // self.side
         return tile * self.side**2 + row % self.side * self.side + column % self.side
 
@@ -64,19 +68,20 @@ class Tiling:
         tile of it is in."""
         shapes = self.shapes
         for _ in range(levels):
-            columns, ends = self._laid_out(shapes)
+            columns, start, ends = self._laid_out(shapes)
             number = torch.arange(sum(rows * columns for rows, columns in shapes), device=ends.device)
             slot = torch.searchsorted(ends, number, right=True)
-            local = number - torch.where(slot > 0, ends[slot - 1], 0)
+            local = number - start[slot]
             row, column = local // columns[slot] // 2, local % columns[slot] // 2
             shapes = [((rows + 1) // 2, (columns + 1) // 2) for rows, columns in shapes]
-            columns, ends = self._laid_out(shapes)
-            yield torch.where(slot > 0, ends[slot - 1], 0) + row * columns[slot] + column
+            columns, start, _ = self._laid_out(shapes)
+            yield start[slot] + row * columns[slot] + column
 
-    def _laid_out(self, shapes) -> tuple[Tensor, Tensor]:
-        """Columns of each image's tiles, and where the tiles of each image end in the row of all."""
+    def _laid_out(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns of each image's tiles, and where the tiles of each image begin and end in the row of all."""
         rows, columns = torch.tensor(shapes, device=self.grid.pixels.device).unbind(-1)
-        return columns, (rows * columns).cumsum(0)
+        ends = (rows * columns).cumsum(0)
+        return columns, ends - rows * columns, ends
 
 
 class TiledCellDensity:
@@ -92,10 +97,9 @@ class TiledCellDensity:
         """Made from weights in [0, 1] of the pixels of each slot, relative to a uniform draw; all factors are 1."""
         grid, pixels = tiling.grid, tiling.grid.pixels
         codes = torch.empty(tiling.num_tiles, tiling.side**2, dtype=torch.uint8, device=pixels.device)
-        start = [0, *accumulate(rows * columns for rows, columns in tiling.shapes)]
         for slot in pixels.each_slot(description):
             sums = grid.sums(slot, weights(slot) * pixels.mass(slot)).view(grid.shapes[slot])
-            codes[start[slot] : start[slot + 1]] = tiling.gathered(slot, dens.encode(sums / grid.side**2))
+            codes[tiling.part(slot)] = tiling.gathered(slot, dens.encode(sums / grid.side**2))
         return cls(tiling, tiles.tabulate(codes))
 
     def is_empty(self) -> bool:
