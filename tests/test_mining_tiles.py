@@ -50,6 +50,23 @@ def test_draws_follow_the_weights_and_the_factors_of_their_tiles(density, seed, 
 
 
 @LAW
+@given(densities(), st.integers(0, 99), st.integers(1, 3000))
+def test_tiles_have_as_many_draws_as_they_should(density, seed, count):
+    """Any row of tiles, but for the two parts that it cuts."""
+    entry, _ = tiles.draw(density, count, seeded(seed))
+    size = density.codes.shape[1]
+    counts = torch.bincount(entry // size, minlength=len(density.sums)).double().cumsum(0)
+    assert (counts - count * probabilities(density).view(-1, size).sum(dim=1).cumsum(0)).abs().max() < 2 + 1e-6
+
+
+def test_each_draw_by_itself_follows_the_density():
+    density = tiles.tabulate(dens.encode(torch.rand(5, 3, generator=seeded(0))))
+    for number in (0, 2):
+        entry = torch.stack([tiles.draw(density, 3, seeded(seed)).entry[number] for seed in range(2000)])
+        assert p_value(torch.bincount(entry, minlength=15).double(), probabilities(density)) > 1e-4
+
+
+@LAW
 @given(densities(), st.integers(0, 99))
 def test_corrections_replace_each_other(density, seed):
     factors = torch.rand(2, len(density.sums), generator=seeded(seed)) + 0.1

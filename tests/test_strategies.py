@@ -399,6 +399,25 @@ def test_corrections_of_detail_have_growing_intervals_and_forget():
     assert lengths[:6] == [4, 5, 6, 7, 8, 10] and share < 0.4
 
 
+def test_every_batch_of_detail_has_its_share_of_each_part_of_the_images():
+    """Although the batches until the next correction are drawn together, and whatever their size."""
+    case = Case(((60, 40),), ids=(0,))
+    sampler, batch = prepared("detail", case, interval=8, cell_side=1, tile=4), case.batch()
+    sizes, seen = [200] * 5 + [101] * 3 + [200] * 10, []
+    for count in sizes:
+        sampler.set_num_rays_per_batch(count)
+        rays, density = sampler.sample(batch), claimed(sampler, case)
+        for top in (20, 40):
+            share = density[case.pixels()[:, 1] < top].sum()
+            by_map = rays["indices"][: count - rays[BATCH_KEY].num_uniform]
+            assert abs((by_map[:, 1] < top).sum() - share * len(by_map)) < 3
+        known = (0.1 + 0.9 * density / case.uniform())[case.place(rays["indices"])]
+        torch.testing.assert_close(rays[BATCH_KEY].density.double(), known, rtol=0.02, atol=0)
+        seen.append(rays["indices"])
+        sampler.update(feed(rays[BATCH_KEY], importance=q_of(rays["indices"])), True)
+    assert not torch.equal(seen[0], seen[1])
+
+
 FOREST = Case(((64, 64), (32, 96), (80, 40)), ids=(2, 0, 1))
 
 

@@ -56,15 +56,20 @@ def corrected(density: TiledDensity, factors: Float[Tensor, " tiles"]) -> TiledD
 
 
 def draw(density: TiledDensity, count: int, generator: torch.Generator | None = None) -> Draw:
-    """Draw entries independently; O(count (size + log tiles)), no host synchronisation.
+    """Draw entries, one from each of `count` parts of the same probability; no host synchronisation.
+
+    So there are nearly as many draws of every tile as it should have, where independent draws scatter. They come in the
+    order of the tiles, from a random tile on; by itself, each draw follows the density. O(count (size + log tiles)).
 
     >>> draw(tabulate(torch.tensor([[0, 0], [0, 7]], dtype=torch.uint8)), count=2).entry
     tensor([3, 3])
     """
     total = density.ends[-1]
     chance = torch.rand(2, count, dtype=torch.float64, generator=generator, device=total.device)
+    turn = torch.rand((), dtype=torch.float64, generator=generator, device=total.device)
+    part = (torch.arange(count, device=total.device) + chance[0]) / count
     # below the end even if the product is rounded up to it
-    target = (chance[0] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    target = ((part + turn) % 1 * total).minimum(total.nextafter(torch.zeros_like(total)))
     tile = torch.searchsorted(density.ends, target, right=True).clamp_max(len(density.ends) - 1)
     ends = dens.weight(density.codes.index_select(0, tile)).cumsum(dim=1)
     place = torch.searchsorted(ends, (chance[1] * ends[:, -1]).long()[:, None], right=True)[:, 0]

@@ -194,14 +194,31 @@ class MapStrategy(Strategy):
     """The density; None while all rays are uniform."""
 
     def draw(self, count: int) -> tuple[Pool, int]:
-        uniform_share = getattr(self.config, "uniform_share", 0.0)
-        num_uniform = self.num_of_share("uniform_share", count) if uniform_share else 0
+        batches, num_uniform = self.batches(1, count)
+        return Pool(*(part[0] for part in batches)), num_uniform
+
+    def batches(self, times: int, count: int) -> tuple[Pool, int]:
+        """Draw several batches at once, as a draw of many costs little more than one of few.
+
+        Returns:
+            A pool whose tensors begin with [times, count], and how many of each batch, the last, are uniform.
+        """
+        num_uniform = self.num_of_share("uniform_share", count) if getattr(self.config, "uniform_share", 0.0) else 0
         if self.map is None or num_uniform == count:
-            return self.pixels.uniform(count), count
-        drawn, uniform = self.map.draw(count - num_uniform), self.pixels.uniform(num_uniform)
+            uniform = self.pixels.uniform(times * count)
+            return Pool(*(part.unflatten(0, (times, count)) for part in uniform)), count
+        # draws may be in order: each batch has its share of all of them
+        drawn = self.map.draw(times * (count - num_uniform))
         if num_uniform == 0:
-            return drawn, 0
-        rays = concatenate(drawn, uniform._replace(density=self.map.density(uniform)))
+            return Pool(*(part.unflatten(0, (-1, times)).transpose(0, 1) for part in drawn)), 0
+        uniform = self.pixels.uniform(times * num_uniform)
+        uniform = uniform._replace(density=self.map.density(uniform))
+        rays = Pool(
+            *(
+                torch.cat((part.unflatten(0, (-1, times)).transpose(0, 1), rest.unflatten(0, (times, -1))), dim=1)
+                for part, rest in zip(drawn, uniform, strict=True)
+            )
+        )
         share = num_uniform / count
         return rays._replace(density=share + (1 - share) * rays.density), num_uniform
 

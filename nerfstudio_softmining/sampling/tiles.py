@@ -42,8 +42,11 @@ class Tiling:
 
     def entry(self, pool: Pool) -> Int64[Tensor, " n"]:
         """The entry of the cell that each chain is in."""
-        slot = self.grid.pixels.slot[pool.chart]
-        row, column = self.grid.place_of(slot, pixel(pool))
+        return self.entry_of(self.grid.pixels.slot[pool.chart], pixel(pool))
+
+    def entry_of(self, slot: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]) -> Int64[Tensor, " n"]:
+        """The entry of the cell that each pixel is in."""
+        row, column = self.grid.place_of(slot, pixels)
         tile = self.start[slot] + row // self.side * self.columns[slot] + column // self.side
         return tile * self.side**2 + row % self.side * self.side + column % self.side
 
