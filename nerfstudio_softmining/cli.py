@@ -77,7 +77,7 @@ def bench(
 def image(
     photo: tyro.conf.Positional[Path],
     output: Path | None = None,
-    samplers: tuple[str, ...] = ("langevin",),
+    samplers: tuple[str, ...] = ("detail",),
     seeds: tuple[int, ...] = (0,),
     at: tuple[int, ...] = (500, 1000, 2000, 5000),
     config: tyro.conf.OmitArgPrefixes[FitConfig] = FitConfig(),  # noqa: B008

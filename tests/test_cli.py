@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sampling_cases import feed, make_sampler
 
 from nerfstudio_softmining import cli, doctor
 from nerfstudio_softmining.demo import demo
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.sampling.sampler import MiningPixelSamplerConfig
 
 SOFTMINING = [sys.executable, "-m", "nerfstudio_softmining.cli"]
 
@@ -151,21 +153,28 @@ def test_nothing_of_an_earlier_demo_is_lost(tmp_path: Path) -> None:
     assert [(folder / "pictures" / "picture.png").read_text() for folder in kept] == ["0", "1", "2"]
 
 
-def test_the_last_checkpoints_pool_is_drawn(tmp_path: Path) -> None:
+def test_rays_are_drawn_from_the_last_checkpoint(tmp_path: Path) -> None:
+    """As the sampler has learnt to: where errors were large, although all images look the same."""
     places = demo.Places(tmp_path, "run")
     folder = places.run / "nerfstudio_models"
     folder.mkdir(parents=True)
-    pool = {"chart": torch.tensor([1, 1, 0]), "position": torch.rand(3, 2) * 8, "density": torch.ones(3)}
-    state = {"pipeline": {"datamanager._extra_state": {"sampler": {"strategy": {"pool": pool}}}}}
+    images = [np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)] * 3
+    sampler, batch = make_sampler(200, 3, kind=MiningPixelSamplerConfig().kind), {"image_idx": torch.arange(3)}
+    batch |= {"image": [torch.from_numpy(image) / 255 for image in images]}
+    for _ in range(40):
+        rays = sampler.sample(batch)
+        sampler.update(feed(rays["mining"], importance=0.1 + 0.8 * (rays["indices"][:, 0] == 1)))
+    state = {"pipeline": {"datamanager._extra_state": {"sampler": sampler.state_dict()}}}
     (folder / "step-000000499.ckpt").write_text("an older one")
     torch.save(state, folder / "step-000000999.ckpt")
-    pool_image, position = demo.read_pool(places.checkpoint)
-    np.testing.assert_array_equal(pool_image, pool["chart"])
-    np.testing.assert_array_equal(position, pool["position"])
-    figure = demo.pool_figure([np.zeros((8, 8, 3), np.uint8)] * 3, pool_image, position)
+    indices = demo.next_rays(places.checkpoint, images)
+    counts = np.bincount(indices[:, 0], minlength=3)
+    assert len(indices) == demo.SHOWN_RAYS and counts[1] > 0.8 * len(indices)
+    figure = demo.rays_figure(images, indices)
     drawn = [axis.collections[0].get_offsets() for axis in figure.axes]
-    np.testing.assert_allclose(drawn[0], position[:2, ::-1])  # x is the column; the image with most chains comes first
-    assert [len(points) for points in drawn] == [2, 1, 0]
+    assert [len(points) for points in drawn] == sorted(counts, reverse=True)
+    # x is the column; the image with most rays comes first
+    np.testing.assert_allclose(drawn[0], indices[indices[:, 0] == 1, :0:-1] + 0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------ doctor

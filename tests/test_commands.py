@@ -103,7 +103,7 @@ def test_resuming_goes_on_bit_for_bit(config, runs, scene):
     train(runs, scene, "resumed", STEPS // 2, "--load-dir", first)
     whole, resumed = flat(checkpoint(runs, "whole")), flat(checkpoint(runs, "resumed"))
     assert whole.keys() == resumed.keys()
-    assert any("pool" in path for path in whole)
+    assert any("factors" in path for path in whole)
     for path, value in whole.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, resumed[path], rtol=0, atol=0, equal_nan=True, msg=path)
@@ -208,8 +208,10 @@ def test_bad_data_is_named_without_a_traceback(runs, tmp_path, spoil):
 
 
 def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
-    """softmining-nerfacto with the viewer, on nerfstudio's format: camera optimizer, masks, RGBA, two image sizes."""
+    """softmining-nerfacto with the paper's sampler and the viewer, on nerfstudio's format: camera optimizer, masks,
+    RGBA, two image sizes."""
     flags = ("--pipeline.model.log2-hashmap-size", 12, "--viewer.quit-on-train-completion", True)
+    flags += ("--pipeline.datamanager.pixel-sampler.kind", "langevin")
     user_scene(tmp_path)
     train(runs, tmp_path, "full", 3, *flags, method="softmining-nerfacto", vis="viewer+tensorboard")
     pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"][

@@ -41,7 +41,9 @@ ERROR_SCALE = 0.3
 SHOWN_VIEWS = 2
 """Held-out views that pictures are made of."""
 SHOWN_IMAGES = 4
-"""Training images on which the pool is drawn."""
+"""Training images on which rays are drawn."""
+SHOWN_RAYS = 20_000
+"""Rays that are drawn, of all training images."""
 PROGRESS_LINE = re.compile(r"(\d+) \(\d+\.\d\d%\) ")
 """How each line of nerfstudio's table of training steps begins: "250 (25.00%) "."""
 
@@ -245,15 +247,15 @@ def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[
 
 
 def draw_pictures(places: Places) -> None:
-    """Draw held-out views beside their renders, and where the pool is on the training images."""
+    """Draw held-out views beside their renders, and where on the training images the sampler looks."""
     places.pictures.mkdir()
     views = sorted(places.renders.glob("eval_img_*.png"))
     for view in np.unique(np.linspace(0, len(views) - 1, SHOWN_VIEWS + 2).astype(int)[1:-1]):
         truth, render = np.split(read_rgb(views[view]), 2, axis=1)
         comparison(truth, render).savefig(places.pictures / f"held_out_view_{view}.png", dpi=150)
     images = [read_rgb(path) for path in image_files(places.scene, "train")]
-    pool_image, position = read_pool(places.checkpoint)
-    pool_figure(images, pool_image, position).savefig(places.pictures / "where_the_pool_is.png", dpi=150)
+    indices = next_rays(places.checkpoint, images)
+    rays_figure(images, indices).savefig(places.pictures / "where_the_rays_go.png", dpi=150)
 
 
 def read_rgb(path: Path) -> Image8:
@@ -264,20 +266,26 @@ def read_rgb(path: Path) -> Image8:
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def read_pool(checkpoint: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The chains of soft mining, as the run's last step has left them.
+def next_rays(checkpoint: Path, images: list[Image8]) -> NDArray[np.int64]:
+    """Rays that the sampler would draw next, were training to go on.
 
     Args:
         checkpoint: A checkpoint of the demo's own run; it is unpickled.
+        images: Training images, each [height, width, 3].
 
     Returns:
-        Index of the training image, [N], and (row, column) in pixels, [N, 2], of each chain.
+        Index of the training image, row and column of each ray, [N, 3].
     """
     import torch
 
+    from nerfstudio_softmining.sampling.sampler import MiningPixelSamplerConfig
+
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    pool = state["pipeline"]["datamanager._extra_state"]["sampler"]["strategy"]["pool"]
-    return pool["chart"].numpy(), pool["position"].numpy()
+    sampler = MiningPixelSamplerConfig(num_rays_per_batch=SHOWN_RAYS).setup()
+    sampler.training = True
+    sampler.load_state_dict(state["pipeline"]["datamanager._extra_state"]["sampler"])
+    batch = {"image": [torch.from_numpy(image / np.float32(255)) for image in images]}
+    return sampler.sample(batch | {"image_idx": torch.arange(len(images))})["indices"].numpy()
 
 
 def comparison(truth: Image8, render: Image8) -> Figure:
@@ -303,24 +311,23 @@ def comparison(truth: Image8, render: Image8) -> Figure:
     return figure
 
 
-def pool_figure(images: list[Image8], pool_image: NDArray[np.int64], position: NDArray[np.float32]) -> Figure:
-    """The chains on the training images that have most of them.
+def rays_figure(images: list[Image8], indices: NDArray[np.int64]) -> Figure:
+    """Rays on the training images that have most of them.
 
     Args:
         images: Training images, each [height, width, 3].
-        pool_image: Index of each chain's image, [N].
-        position: (row, column) of each chain in pixels, pixel (0, 0) covering [0, 1)^2, [N, 2].
+        indices: Index of the image, row and column of each ray, [N, 3].
     """
-    counts = np.bincount(pool_image, minlength=len(images))
+    counts = np.bincount(indices[:, 0], minlength=len(images))
     shown = np.argsort(-counts, kind="stable")[:SHOWN_IMAGES]
     figure = Figure(figsize=(3.2 * len(shown), 3.9), layout="constrained")
-    figure.suptitle(f"Where the pool of {len(pool_image)} chains looks, on the training images that have most of them")
+    figure.suptitle(f"Where {len(indices):,} rays go, on the training images that have most of them")
     for axis, index in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         height, width = images[index].shape[:2]
         axis.imshow(255 - (255 - images[index]) // 3, extent=(0, width, height, 0))
-        row, column = position[pool_image == index].T
-        axis.scatter(column, row, s=14, c="crimson", edgecolors="white", linewidths=0.4)
-        axis.set_title(f"image {index}: {counts[index]} chains")
+        row, column = indices[indices[:, 0] == index, 1:].T + 0.5
+        axis.scatter(column, row, s=5, c="crimson", linewidths=0)
+        axis.set_title(f"image {index}: {counts[index]} rays")
         axis.set(xlim=(0, width), ylim=(height, 0))
         axis.set_axis_off()
     return figure

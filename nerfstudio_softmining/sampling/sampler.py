@@ -24,15 +24,15 @@ from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.quadtree import QuadtreeConfig, QuadtreeStrategy
 from nerfstudio_softmining.sampling.strategy import FLAG, Strategy, Surroundings, indices_of
 
-Kind = Literal["uniform", "edge", "langevin", "multinomial", "error-map", "quadtree", "active", "detail"]
+Kind = Literal["detail", "langevin", "uniform", "edge", "multinomial", "error-map", "quadtree", "active"]
 STRATEGIES: dict[str, type[Strategy]] = {
-    "edge": EdgeStrategy,
+    "detail": DetailStrategy,
     "langevin": LangevinStrategy,
+    "edge": EdgeStrategy,
     "multinomial": MultinomialStrategy,
     "error-map": ErrorMapStrategy,
     "quadtree": QuadtreeStrategy,
     "active": ActiveStrategy,
-    "detail": DetailStrategy,
 }
 """All kinds but `uniform`, which is nerfstudio's own."""
 
@@ -43,20 +43,22 @@ class MiningPixelSamplerConfig(PixelSamplerConfig):
 
     _target: type = field(default_factory=lambda: MiningPixelSampler)
     """Target class to instantiate."""
-    kind: Kind = "langevin"
+    kind: Kind = "detail"
     """How pixels are chosen.
+    detail: by local detail, corrected by the error of tiles.
+    langevin: by chains that walk towards the error (soft mining, as in the paper).
     uniform: nerfstudio's own way.
     edge: on and around Canny edges (EGRA-NeRF).
-    langevin: by chains that walk towards the error (soft mining).
     multinomial: by the exact error of all pixels, rendered now and then; slow (the paper's upper bound).
     error-map: by a coarse grid of the error of each image (instant-ngp).
     quadtree: by local contrast, and quadtrees of the error (Zhang et al. 2023).
-    active: by loss and staleness, the loss carried over to other views (after ActRay).
-    detail: by local detail, corrected by the error of tiles."""
-    edge: EdgeConfig = field(default_factory=EdgeConfig)
-    """Settings of the kind edge."""
+    active: by loss and staleness, the loss carried over to other views (after ActRay)."""
+    detail: DetailConfig = field(default_factory=DetailConfig)
+    """Settings of the kind detail."""
     langevin: LangevinConfig = field(default_factory=LangevinConfig)
     """Settings of the kind langevin."""
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
+    """Settings of the kind edge."""
     multinomial: MultinomialConfig = field(default_factory=MultinomialConfig)
     """Settings of the kind multinomial."""
     error_map: ErrorMapConfig = field(default_factory=ErrorMapConfig)
@@ -65,8 +67,6 @@ class MiningPixelSamplerConfig(PixelSamplerConfig):
     """Settings of the kind quadtree."""
     active: ActiveConfig = field(default_factory=ActiveConfig)
     """Settings of the kind active."""
-    detail: DetailConfig = field(default_factory=DetailConfig)
-    """Settings of the kind detail."""
     cell_side: int = 2
     """Side in pixels of the cells that maps of edges, contrast and errors are kept in."""
     map_memory: float = 2.0
