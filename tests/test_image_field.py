@@ -177,7 +177,6 @@ def test_tiny_cuda_nn_that_can_not_be_had_is_a_users_mistake(monkeypatch):
         ({"alpha": -0.1}, "--alpha"),
         ({"alpha": 1.5}, "--alpha"),
         ({"alpha": math.nan}, "--alpha"),
-        ({"alpha_warmup": -1}, "--alpha-warmup"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"learning_rate": math.nan}, "--learning-rate"),
     ],

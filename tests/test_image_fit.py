@@ -203,8 +203,8 @@ def test_points_go_to_where_the_error_is(sampler):
 def test_what_drives_the_chains_is_the_gradient_of_the_logarithm_of_the_error(
     photo_gradient, channels, setting, monkeypatch
 ):
-    options = dict(photo_gradient=photo_gradient, alpha_warmup=0)
-    fit = make_fit(f"langevin,{setting}", make_photo(channels=channels), **options)
+    photo = make_photo(channels=channels)
+    fit = make_fit(f"langevin,alpha_warmup=0,{setting}", photo, photo_gradient=photo_gradient)
     steps(fit, 60)
     field, photo = copy.deepcopy(fit.field).double(), Photo(fit.photo.values.double(), fit.photo.encoding)
     heard = []

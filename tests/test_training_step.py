@@ -126,9 +126,10 @@ def test_every_kind_trains(scene, kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "uniform"])
 def test_rays_are_weighed_by_their_density_if_asked_for(scene, kind):
     for reweighted in (False, True):
-        training = Training(scene, kind=kind, alpha_warmup=0)
+        training = Training(scene, kind=kind)
         sampler = training.pipeline.datamanager.train_pixel_sampler
         sampler.config.of_kind(kind).reweighted = reweighted
+        sampler.config.of_kind(kind).alpha_warmup = 0
         training.step()
         mining = training.last
         known = ~mining.density.isnan()

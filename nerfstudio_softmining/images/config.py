@@ -16,8 +16,6 @@ class FitConfig:
     """Points of a training step."""
     alpha: float = 0.6
     """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling."""
-    alpha_warmup: int = 1000
-    """Training steps over which alpha rises from 0 (section 3.3)."""
     weight_by: Literal["density", "importance"] = "density"
     """Weigh a point by the density it was drawn with, which is Q only for the chains, or any point by its Q."""
     photo_gradient: bool = True
@@ -45,8 +43,6 @@ class FitConfig:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: it is a whole number of 1 or more.")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha is {self.alpha}: it lies in [0, 1]. The paper uses 0.6.")
-        if self.alpha_warmup < 0:
-            raise UserError(f"--alpha-warmup is {self.alpha_warmup}: it is a number of steps, 0 or more.")
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate is {self.learning_rate}: it is above 0, such as 0.01.")
         if self.log2_hashmap_size > 24:

@@ -134,7 +134,7 @@ class Fit:
         )
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, self.config.decay_at, DECAY)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
-        self.loss = SoftMinedLoss(self.config.alpha, self.config.alpha_warmup, self.config.weight_by)
+        self.loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
         self.strategy = self._make_strategy()
         self.iteration = 0
         self.drawn: deque[Tensor] = deque(maxlen=REMEMBERED)
@@ -171,7 +171,12 @@ class Fit:
         strategy = self.strategy
         pool, num_uniform = strategy.draw(self.config.batch)
         batch = MiningBatch(
-            indices_of(pool), pool.density, num_uniform, strategy.config.reweighted, step=self.iteration
+            indices_of(pool),
+            pool.density,
+            num_uniform,
+            strategy.config.reweighted,
+            strategy.config.alpha_warmup,
+            step=self.iteration,
         )
         position = pool.position.detach()
         if strategy.wants_gradient:

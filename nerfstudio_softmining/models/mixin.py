@@ -30,18 +30,12 @@ class SoftMiningConfig:
     alpha: float = 0.8
     """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling. The paper: 0.6 on white, 0.8
     forward-facing."""
-    alpha_warmup: int = 1000
-    """Training steps over which alpha rises from 0 (section 3.3)."""
     weight_by: WeightBy = "density"
     """Weigh a ray by the density it was drawn with, which is Q only for the chains, or any ray by its Q."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--pipeline.model.alpha is {self.alpha}: it lies in [0, 1]. The paper uses 0.6 and 0.8.")
-        if self.alpha_warmup < 0:
-            raise UserError(
-                f"--pipeline.model.alpha-warmup is {self.alpha_warmup}: it is a number of steps, 0 or more."
-            )
 
 
 class SoftMiningMixin(Model):
@@ -59,7 +53,7 @@ class SoftMiningMixin(Model):
         with compat.lazy_lpips():
             super().populate_modules()
         compat.tell_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
-        self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.alpha_warmup, self.config.weight_by)
+        self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
         self._outer_sampler().register_forward_hook(_attach_pixel_gradient)
 
     def _outer_sampler(self) -> Sampler:

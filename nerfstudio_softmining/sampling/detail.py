@@ -130,20 +130,21 @@ class DetailStrategy(MapStrategy):
         entry = tiling.entry_of(self.pixels.slot[indices[:, 0]], indices[:, 1:])
         expected = (dens.weight(table.codes.view(-1)[entry]) / dens.LARGEST).sqrt()
         useful = error.isfinite()
-        self.seen.index_add_(1, entry // tiling.side**2, torch.where(useful, torch.stack((error, expected)), 0.0))
+        error, expected = torch.where(useful, torch.stack((error, expected)), 0.0)
+        # on the scale of the errors of now: they fall while training, and tiles are seen at different times
+        expected = expected * (error.sum() / expected.sum()).nan_to_num(0.0)
+        self.seen.index_add_(1, entry // tiling.side**2, torch.stack((error, expected)))
         self.rays += useful.sum()
 
     def _factors(self, tiling: Tiling) -> Tensor:
         """What each tile's density is to be multiplied by, after what has been seen."""
         error, expected = self.seen
-        everything = expected.sum()
-        ratio = tiles.borrowed(error, expected, tiling.above(LARGER), self.config.trust * everything / self.rays)
-        ratio = ratio * (everything / error.sum())
+        ratio = tiles.borrowed(error, expected, tiling.above(LARGER), self.config.trust * error.sum() / self.rays)
         return ratio.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO).pow(self.config.correction)
 
     def state_dict(self) -> dict:
-        self._take_in()
         state = {"interval": self.interval, "steps": self.steps, "rays": self.rays.clone(), "seen": self.seen.clone()}
+        state["heard"] = list(self._heard)
         if self._ahead is not None:
             state |= {"ahead": self._ahead._asdict(), "num_uniform": self._num_uniform}
         return state | ({} if self.map is None else {"factors": self.map.table.factors})
@@ -155,6 +156,7 @@ class DetailStrategy(MapStrategy):
         device = self.pixels.device
         self.rays, self.seen = state["rays"].to(device), state["seen"].to(device)
         self.map = self.map.corrected(state["factors"].to(device))
+        self._heard = [(indices.to(device), error.to(device)) for indices, error in state["heard"]]
         if "ahead" in state:
             self._ahead = Pool(**{name: part.to(device) for name, part in state["ahead"].items()})
             self._num_uniform = state["num_uniform"]

@@ -24,6 +24,8 @@ class MiningBatch:
     """The last rays of the batch, this many, were drawn uniformly."""
     reweighted: bool = True
     """Whether rays are weighed by their density (eq. 9)."""
+    alpha_warmup: int = 0
+    """Training steps over which alpha rises from 0."""
     image_gradient: Float[Tensor, "rays channels 2"] | None = None
     """Change of each ray's true colour along rows and columns, per pixel, if the sampler asks for a gradient."""
     step: int = 0

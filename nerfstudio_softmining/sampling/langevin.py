@@ -37,6 +37,8 @@ class LangevinConfig(StrategyConfig):
     """Where chains start anew: in proportion to Sobel's edges (section 4.1), or uniformly (section 3.3)."""
     reweighted: bool = True
     """Weigh rays by their density (eq. 9)."""
+    alpha_warmup: int = 1000
+    """Training steps over which alpha rises from 0 (section 3.3)."""
 
 
 class LangevinStrategy(Strategy):

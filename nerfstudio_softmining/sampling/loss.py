@@ -21,13 +21,12 @@ class SoftMinedLoss(nn.Module):
 
     Args:
         alpha: the softness.
-        warmup: training steps over which it rises from 0.
         weight_by: what samples are weighed by.
     """
 
-    def __init__(self, alpha: float, warmup: int, weight_by: WeightBy) -> None:
+    def __init__(self, alpha: float, weight_by: WeightBy) -> None:
         super().__init__()
-        self.alpha, self.warmup, self.weight_by = alpha, warmup, weight_by
+        self.alpha, self.weight_by = alpha, weight_by
         self.batch: MiningBatch | None = None
 
     def forward(self, truth: Tensor, prediction: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ class SoftMinedLoss(nn.Module):
         batch.importance = imp.l1_importance(prediction, truth)
         batch.error = imp.squared_error(prediction, truth)
         if batch.reweighted:
-            alpha = imp.warmed_up(self.alpha, batch.step, self.warmup)
+            alpha = imp.warmed_up(self.alpha, batch.step, batch.alpha_warmup)
             batch.weighted_error = imp.soft_weights(self._density(batch, batch.importance), alpha) * batch.error
         else:
             batch.weighted_error = batch.error

@@ -132,6 +132,7 @@ class MiningPixelSampler(PixelSampler):
             rays.density,
             num_uniform,
             strategy.config.reweighted,
+            strategy.config.alpha_warmup,
             pixels.image_gradient(rays) if strategy.wants_gradient else None,
         )
         if self.config.keep_full_image:

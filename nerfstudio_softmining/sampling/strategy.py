@@ -47,6 +47,8 @@ class StrategyConfig:
     """Whole numbers that can not be 0."""
     needed: ClassVar[tuple[str, ...]] = ()
     """Shares that can not be 0."""
+    alpha_warmup: ClassVar[int] = 0
+    """Training steps over which alpha rises from 0."""
 
     def check(self, kind: str, flags: Flags = Flags()) -> None:  # noqa: B008
         """Refuse what makes no sense: shares out of [0, 1], anything else below 0.
