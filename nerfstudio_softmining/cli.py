@@ -89,8 +89,8 @@ def image(
     Args:
         photo: Any image that OpenCV reads: 8 or 16 bit, .exr or .hdr; grey, RGB or RGBA.
         output: Folder for reconstructions, plots, results.json and checkpoints; outputs/image/PHOTO if not given.
-        samplers: How points are chosen: uniform, uniform-weighted, edge, langevin, multinomial, error-map, quadtree,
-            detail, greedy, evos; each with settings of its own after commas, as in langevin,drift=0.
+        samplers: How points are chosen: detail, langevin, uniform, uniform-weighted, edge, multinomial, error-map,
+            quadtree, greedy, evos; each with settings of its own after commas, as in langevin,drift=0.
         seeds: Seeds of the fits.
         at: Iterations at which PSNR is kept; the last ends a fit.
         config: The rest.
