@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nerfstudio_softmining.mining import density as dens
-from nerfstudio_softmining.mining.edges import sobel
+from nerfstudio_softmining.mining.edges import laplacian, sobel
 from nerfstudio_softmining.mining.langevin import Pool
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler, MiningPixelSamplerConfig
@@ -121,6 +121,10 @@ class Case:
     def edges(self, side: int = 2) -> Tensor:
         """Density of a re-initialised chain at each pixel: the Sobel magnitude, on kept pixels."""
         return self.evened(torch.cat([sobel(image).flatten().double() for image in self.shown()]), side)
+
+    def detail(self, side: int = 2) -> Tensor:
+        """The density of detail before any correction: the difference from the surroundings, and a floor."""
+        return self.evened(torch.cat([laplacian(image).flatten().double() for image in self.shown()]) + 0.003, side)
 
     def shown(self) -> list[Tensor]:
         """The images, colours multiplied by alpha."""

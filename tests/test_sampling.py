@@ -74,14 +74,14 @@ def test_chains_start_uniformly(case):
         assert p_value(torch.histc(axis, 20, 0, 1), torch.full((20,), 0.05)) > 1e-4
 
 
-@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize(("start", "side"), [("edges", 1), ("edges", 2), ("edges", 3), ("detail", 2)])
 @EACH_CASE
-def test_reinitialised_chains_follow_the_edges_with_the_density_they_say(case, side):
-    settings = dict(uniform_share=0.0, reinit_share=1.0, cell_side=side, **case.settings)
+def test_reinitialised_chains_follow_edges_or_detail_with_the_density_they_say(case, start, side):
+    settings = dict(uniform_share=0.0, reinit_share=1.0, reinit_from=start, cell_side=side, **case.settings)
     batch, sampler = case.batch(), make_sampler(rays=4000, **settings)
     mining = [rays[BATCH_KEY] for rays in train(sampler, batch, 11)][1:]
     indices, density = torch.cat([m.indices for m in mining]), torch.cat([m.density for m in mining])
-    expected = case.edges(side)
+    expected = case.edges(side) if start == "edges" else case.detail(side)
     assert follows(case, indices, expected)
     ratio = (expected / case.uniform())[case.place(indices)].float()
     torch.testing.assert_close(density, ratio, atol=0, rtol=1e-3)

@@ -369,8 +369,7 @@ def detail_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]], trust: 
 def test_detail_rays_follow_detail_and_then_the_error_of_tiles(case, side):
     settings = dict(cell_side=side, interval=3, trust=2.0, correction=1.5)
     sampler, batch, told = prepared("detail", case, 100, **settings), case.batch(), []
-    detail = torch.cat([laplacian(image).flatten().double() for image in case.shown()]) + 0.003
-    static, kept = case.evened(detail, side), case.uniform() > 0
+    static, kept = case.detail(side), case.uniform() > 0
     for number in range(3):
         rays = sampler.sample(batch)
         if number == 0:
@@ -785,7 +784,7 @@ def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("map-memory") == 1 and "instead of 2 x 2" in said
     strategy = sampler.strategy
-    density = strategy.edges if kind == "langevin" else strategy.map
+    density = strategy.starts if kind == "langevin" else strategy.map
     side = density.grid.side
     per_cell = 2.5 if kind == "detail" else dens.bytes_per_entry(2 if kind in ("quadtree", "active") else 1)
     assert num_pixels / side**2 * per_cell <= budget < num_pixels / (side - 1) ** 2 * per_cell

@@ -16,6 +16,8 @@ from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.strategy import MapStrategy, StrategyConfig
 from nerfstudio_softmining.sampling.tiles import TiledCellDensity, Tiling
 
+FLOOR = 0.003
+"""Detail that flat places have, in units of the colour."""
 GROWTH = 1.25
 """Factor from one interval to the next."""
 KEPT = 0.5
@@ -39,7 +41,7 @@ class DetailConfig(StrategyConfig):
     positive: ClassVar = ("interval", "tile")
     uniform_share: float = 0.1
     """Share of each batch that is drawn uniformly over all images, in [0, 1]."""
-    floor: float = 0.003
+    floor: float = FLOOR
     """Detail that flat places have, in units of the colour."""
     tile: int = 8
     """Side in pixels of the smallest tiles whose error is kept; at least 4 cells."""

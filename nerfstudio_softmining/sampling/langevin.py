@@ -11,10 +11,13 @@ from torch import Tensor
 from nerfstudio_softmining.mining import density as dens
 from nerfstudio_softmining.mining import edges, langevin
 from nerfstudio_softmining.mining.langevin import Pool
+from nerfstudio_softmining.sampling.detail import FLOOR
 from nerfstudio_softmining.sampling.feedback import MiningBatch
 from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.strategy import CellDensity, Strategy, StrategyConfig, concatenate
 
+WEIGHTS = {"edges": edges.sobel, "detail": lambda image: edges.laplacian(image) + FLOOR}
+"""What the starts of chains are in proportion to, in an image."""
 RESERVOIR = 1 << 12
 """Starts that are drawn at a time, as a draw of many costs little more than one of few."""
 
@@ -33,8 +36,9 @@ class LangevinConfig(StrategyConfig):
     """Share of each batch that is drawn uniformly over all images, in [0, 1] (section 4.1)."""
     reinit_share: float = 0.1
     """Share of the chains, those of the lowest Q, that start anew after each step, in [0, 1] (section 4.1)."""
-    reinit_from: Literal["edges", "uniform"] = "edges"
-    """Where chains start anew: in proportion to Sobel's edges (section 4.1), or uniformly (section 3.3)."""
+    reinit_from: Literal["edges", "uniform", "detail"] = "edges"
+    """Where chains start anew: in proportion to Sobel's edges (section 4.1), uniformly (section 3.3), or in proportion
+    to the local detail that the kind detail starts from."""
     reweighted: bool = True
     """Weigh rays by their density (eq. 9)."""
     alpha_warmup: int = 1000
@@ -50,7 +54,7 @@ class LangevinStrategy(Strategy):
 
     config: LangevinConfig
     pool: Pool | None = None
-    _starts: Pool | None = None
+    _drawn: Pool | None = None
     """Starts that are drawn and not used yet."""
 
     @property
@@ -60,12 +64,13 @@ class LangevinStrategy(Strategy):
 
     def cache(self, pixels: CachedPixels) -> None:
         super().cache(pixels)
-        self.edges = self._starts = None
-        if self.config.reinit_from == "edges":
-            grid = self.make_grid("edges", dens.bytes_per_entry())
-            self.edges = CellDensity.of_weights(grid, lambda slot: edges.sobel(pixels.image(slot)), "Finding edges")
-            if self.edges.is_empty():
-                self.edges = None
+        self.starts = self._drawn = None
+        if self.config.reinit_from != "uniform":
+            what, weights = self.config.reinit_from, WEIGHTS[self.config.reinit_from]
+            grid = self.make_grid(what, dens.bytes_per_entry())
+            self.starts = CellDensity.of_weights(grid, lambda slot: weights(pixels.image(slot)), f"Finding {what}")
+            if self.starts.is_empty():
+                self.starts = None
         if self.pool is not None:
             self.pool = self._on_cached_images(self.pool)
 
@@ -115,19 +120,19 @@ class LangevinStrategy(Strategy):
         return self.pixels.contains(pool)
 
     def propose(self, count: int) -> Pool:
-        """Draw the starts of re-initialised chains; uniformly where there is no edge."""
-        if self.edges is None:
+        """Draw the starts of re-initialised chains; uniformly where nothing stands out."""
+        if self.starts is None:
             return self.pixels.uniform(count)
-        starts = self._starts
+        starts = self._drawn
         if starts is None or len(starts.chart) < count:
-            starts = self.edges.draw(max(count, RESERVOIR))
-        self._starts = Pool(*(part[count:] for part in starts))
+            starts = self.starts.draw(max(count, RESERVOIR))
+        self._drawn = Pool(*(part[count:] for part in starts))
         return Pool(*(part[:count] for part in starts))
 
     def state_dict(self) -> dict:
         if self.pool is None:
             return {}
-        starts = None if self._starts is None else {name: part.clone() for name, part in self._starts._asdict().items()}
+        starts = None if self._drawn is None else {name: part.clone() for name, part in self._drawn._asdict().items()}
         return {"pool": self.pool._asdict(), "starts": starts}
 
     def load_state_dict(self, state: dict) -> None:
@@ -135,7 +140,7 @@ class LangevinStrategy(Strategy):
             pool = Pool(**{name: part.to(self.pixels.device) for name, part in state["pool"].items()})
             self.pool = self._on_cached_images(pool)
             if state["starts"] is not None:
-                self._starts = Pool(**{name: part.to(self.pixels.device) for name, part in state["starts"].items()})
+                self._drawn = Pool(**{name: part.to(self.pixels.device) for name, part in state["starts"].items()})
 
     def _on_cached_images(self, pool: Pool) -> Pool:
         """The pool, with chains on images that are not cached started anew."""
