@@ -28,7 +28,7 @@ LARGER = 3
 """Sizes of tiles, each twice the one before, that the smallest ones borrow from."""
 SMALLEST = 4
 """Side in cells of a tile, at least."""
-TILE_BYTES = 24
+TILE_BYTES = 28
 """Memory of a tile beside its cells."""
 AHEAD = 1 << 16
 """Rays that are drawn at a time, as a draw of many costs little more than one of few."""
@@ -63,7 +63,7 @@ class DetailStrategy(MapStrategy):
     around it have, corrects the density of all its pixels. At the optimum of a training whose errors fall as powers of
     the rays spent, rays are in proportion to the squared error.
 
-    Takes 0.63 bytes a training pixel, in cells of 2 x 2. The batches of some steps are drawn together, one ray from
+    Takes 0.69 bytes a training pixel, in cells of 2 x 2. The batches of some steps are drawn together, one ray from
     each of as many parts of the same probability, and their errors are taken in together: O(batch) a step. Corrections
     cost O(tiles), at growing intervals.
     """
@@ -79,8 +79,12 @@ class DetailStrategy(MapStrategy):
         self._num_uniform = 0
         self._heard: list[tuple[Tensor, Tensor]] = []
         """Rays and errors that are not taken in yet."""
+        self._kept: dict[int, Tensor] = {}
+        """What is known of the tiles of images that have been cached before."""
 
     def cache(self, pixels: CachedPixels) -> None:
+        self._take_in()
+        self._kept = self._snapshot()
         super().cache(pixels)
         grid = self.make_grid("details", 1 + TILE_BYTES / SMALLEST**2)
         tiling = Tiling(grid, max(SMALLEST, -(-self.config.tile // grid.side)))
@@ -89,11 +93,10 @@ class DetailStrategy(MapStrategy):
         )
         if self.map.is_empty():
             self.map = None
-        self.seen = torch.zeros(2, tiling.num_tiles, device=pixels.device)
-        """Sums of the errors of rays in each tile, and of what was expected of them."""
-        self.rays = torch.zeros((), device=pixels.device)
-        """How many rays these are of."""
-        self._ahead, self._heard = None, []
+        self.seen = torch.zeros(3, tiling.num_tiles, device=pixels.device)
+        """Sums of the errors of rays in each tile and of what was expected of them, and how many these are."""
+        self._ahead = None
+        self._restore(self._kept)
 
     def draw(self, count: int) -> tuple[Pool, int]:
         if self._ahead is None or self._ahead.chart.shape[1] != count:
@@ -109,7 +112,7 @@ class DetailStrategy(MapStrategy):
         assert feedback.importance is not None
         error = feedback.importance.detach()
         if isinstance(applied, Tensor):
-            error = torch.where(applied, error, torch.nan)
+            error = torch.where(applied.to(error.device), error, torch.nan)
         if applied is not False:
             self._heard.append((feedback.indices, error))
         self.steps += 1
@@ -118,7 +121,6 @@ class DetailStrategy(MapStrategy):
         if self.steps == self.interval:
             self.map = self.map.corrected(self._factors(self.map.tiling))
             self.seen *= KEPT
-            self.rays *= KEPT
             self.interval, self.steps, self._ahead = max(int(self.interval * GROWTH), self.interval + 1), 0, None
 
     def _take_in(self) -> None:
@@ -135,30 +137,47 @@ class DetailStrategy(MapStrategy):
         error, expected = torch.where(useful, torch.stack((error, expected)), 0.0)
         # on the scale of the errors of now: they fall while training, and tiles are seen at different times
         expected = expected * (error.sum() / expected.sum()).nan_to_num(0.0)
-        self.seen.index_add_(1, entry // tiling.side**2, torch.stack((error, expected)))
-        self.rays += useful.sum()
+        self.seen.index_add_(1, entry // tiling.side**2, torch.stack((error, expected, useful.float())))
 
     def _factors(self, tiling: Tiling) -> Tensor:
         """What each tile's density is to be multiplied by, after what has been seen."""
-        error, expected = self.seen
-        ratio = tiles.borrowed(error, expected, tiling.above(LARGER), self.config.trust * error.sum() / self.rays)
+        error, expected, rays = self.seen
+        ratio = tiles.borrowed(error, expected, tiling.above(LARGER), self.config.trust * error.sum() / rays.sum())
         return ratio.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO).pow(self.config.correction)
 
+    def _snapshot(self) -> dict[int, Tensor]:
+        """What was seen of the tiles of each image, and their factors [4, tiles]."""
+        kept = dict(self._kept)
+        if self.map is not None:
+            known = torch.cat((self.seen, self.map.table.factors[None])).cpu()
+            for slot, image in enumerate(self.pixels.image_idx.tolist()):
+                kept[image] = known[:, self.map.tiling.part(slot)].clone()
+        return kept
+
+    def _restore(self, kept: dict[int, Tensor]) -> None:
+        """Take up what is known of the cached images, as far as they are of the same size."""
+        if self.map is None:
+            return
+        tiling, factors = self.map.tiling, self.map.table.factors.clone()
+        for slot, image in enumerate(self.pixels.image_idx.tolist()):
+            part = tiling.part(slot)
+            if image in kept and kept[image].shape[1] == part.stop - part.start:
+                known = kept[image].to(factors.device)
+                self.seen[:, part], factors[part] = known[:3], known[3]
+        self.map = self.map.corrected(factors)
+
     def state_dict(self) -> dict:
-        state = {"interval": self.interval, "steps": self.steps, "rays": self.rays.clone(), "seen": self.seen.clone()}
-        state["heard"] = list(self._heard)
-        if self._ahead is not None:
-            state |= {"ahead": self._ahead._asdict(), "num_uniform": self._num_uniform}
-        return state | ({} if self.map is None else {"factors": self.map.table.factors})
+        state = {"interval": self.interval, "steps": self.steps, "kept": self._snapshot(), "heard": list(self._heard)}
+        ahead = None if self._ahead is None else self._ahead._asdict()
+        return state | {"images": self.pixels.image_idx, "ahead": ahead, "num_uniform": self._num_uniform}
 
     def load_state_dict(self, state: dict) -> None:
-        self.interval, self.steps = state["interval"], state["steps"]
-        if self.map is None or state["seen"].shape != self.seen.shape:
-            return
         device = self.pixels.device
-        self.rays, self.seen = state["rays"].to(device), state["seen"].to(device)
-        self.map = self.map.corrected(state["factors"].to(device))
+        self.interval, self.steps, self._kept = state["interval"], state["steps"], state["kept"]
+        self._restore(self._kept)
+        if not torch.equal(state["images"].to(device), self.pixels.image_idx):
+            return
         self._heard = [(indices.to(device), error.to(device)) for indices, error in state["heard"]]
-        if "ahead" in state:
+        self._num_uniform = state["num_uniform"]
+        if state["ahead"] is not None:
             self._ahead = Pool(**{name: part.to(device) for name, part in state["ahead"].items()})
-            self._num_uniform = state["num_uniform"]
