@@ -245,6 +245,22 @@ def test_what_is_not_reached_is_said():
     assert "20.00 dB" in own and "22.00 dB" in own and "at most 100" in own and "200 (1.00x)" in own
 
 
+def test_gains_over_all_scenes_are_those_over_the_same_seed_where_all_scenes_have_it():
+    runs = [
+        {**entry(sampler, seed, at, 20.0 + seed + gain * number), "scene": scene}
+        for scene, number in (("a", 1), ("b", 3))
+        for sampler, gain in (("uniform", 0.0), ("edge", 0.5), ("active", 1.0))
+        for seed in (0, 1)
+        for at in (100, 200)
+        if (sampler, seed, at, scene) != ("active", 1, 200, "b")
+    ]
+    text = rendered(report.gains(runs))
+    edge, active = (next(line for line in text.splitlines() if name in line) for name in ("| edge", "| active"))
+    assert edge.split("|")[2:5] == ["     2 ", " 1.00 ± 0.00 ", " 1.00 ± 0.00 "]
+    assert active.count("2.00") == 2 and "±" not in active and "| uniform" not in text
+    assert report.gains([run for run in runs if run["scene"] == "a"]) is None
+
+
 def test_means_and_spreads_are_those_of_the_seeds():
     assert report.mean_and_spread([20.0, 22.0, 24.0]) == "22.00 ± 2.00"
     assert report.mean_and_spread([20.0]) == "20.00" and report.mean_and_spread([None]) == "-"

@@ -51,6 +51,10 @@ def write(preset: Preset, results: dict, output: Path) -> None:
             if figure is not None:
                 figure.savefig(output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
                 console.print(f"\n![Renders and their errors]({name}_pictures.jpg)")
+        overall = gains(runs)
+        if overall is not None:
+            console.print("\n## All scenes\n")
+            console.print(overall)
         comparison = with_paper(preset, runs)
         if comparison is not None:
             console.print("\n## Beside the paper\n")
@@ -174,6 +178,30 @@ def times(runs: Runs) -> Table:
             f"{max(run['peak_memory'] for run in mine) / 1e9:.2f}",
             f"{np.mean([run['seconds'] for run in mine]):.0f}",
         )
+    return out
+
+
+def gains(runs: Runs) -> Table | None:
+    """Mean over the scenes of the gain over uniform with the same seed, at each evaluation; None for a single scene.
+
+    Of the samplers and seeds that all scenes have.
+    """
+    scenes, known = scenes_of(runs), {(r["scene"], r["sampler"], r["seed"], r["iteration"]): r["psnr"] for r in runs}
+    if len(scenes) < 2:
+        return None
+
+    def gain(sampler: str, seed: int, at: int) -> float | None:
+        pairs = [(known.get((s, sampler, seed, at)), known.get((s, BASELINE, seed, at))) for s in scenes]
+        gains = [mine - base for mine, base in pairs if mine is not None and base is not None]
+        return float(np.mean(gains)) if len(gains) == len(scenes) else None
+
+    title = "Gain over uniform of the same seed in dB, mean over the scenes"
+    out = _table(title, "sampler", "seeds", *(f"{at:,} it." for at in iterations_of(runs)))
+    for sampler in samplers_of(runs):
+        rows = [[gain(sampler, seed, at) for at in iterations_of(runs)] for seed in seeds_of(runs)]
+        whole = [row for row in rows if None not in row]
+        if whole and sampler != BASELINE:
+            out.add_row(sampler, str(len(whole)), *map(mean_and_spread, zip(*whole, strict=True)))
     return out
 
 
