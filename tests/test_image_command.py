@@ -457,12 +457,12 @@ def test_ctrl_c_on_the_command_line(photo_file, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in text
-    folder = tmp_path / "runs" / "langevin" / "0"
+    folder = tmp_path / "runs" / "detail" / "0"
     stopped = load(folder / "checkpoint.pt")["iteration"]
     assert 2 <= stopped < 1500 and pixels_of(folder / "reconstruction.png").shape == (24, 40, 3)
     assert (tmp_path / "report.md").exists() and len(qualities(tmp_path)) == 1
-    assert run(photo_file, tmp_path, ("langevin",), at=(2, 1500)) == 0
-    assert set(qualities(tmp_path)) == {("langevin", 0, 2), ("langevin", 0, 1500)}
+    assert run(photo_file, tmp_path, ("detail",), at=(2, 1500)) == 0
+    assert set(qualities(tmp_path)) == {("detail", 0, 2), ("detail", 0, 1500)}
 
 
 def test_a_mistake_on_the_command_line_ends_with_its_message(photo_file, tmp_path):

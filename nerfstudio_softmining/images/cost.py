@@ -97,15 +97,16 @@ def main(cost: Cost) -> None:
         title_justify="left",
     )
     table.add_column("sampler", no_wrap=True, min_width=max(map(len, seconds)))
-    for heading in (*STAGES, "step", "over " + cost.samplers[0]):
+    for heading in (*STAGES, "step", "mean step", "over " + cost.samplers[0]):
         table.add_column(heading, justify="right")
-    base = None
+    base = None  # of the means, which have what is done once for many steps
     for name, rows in seconds.items():
         counted = 1000 * np.array(rows[WARM_UP:])
-        step = float(np.median(counted.sum(axis=1)))
-        base = step if base is None else base
+        steps = counted.sum(axis=1)
+        base = steps.mean() if base is None else base
         stages = [f"{value:.2f}" for value in np.median(counted, axis=0)]
-        table.add_row(name, *stages, f"{step:.2f}", f"{100 * (step / base - 1):+.1f} %")
+        over = f"{100 * (steps.mean() / base - 1):+.1f} %"
+        table.add_row(name, *stages, f"{np.median(steps):.2f}", f"{steps.mean():.2f}", over)
     CONSOLE.print(table)
 
 
