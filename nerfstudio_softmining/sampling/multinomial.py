@@ -33,6 +33,8 @@ class MultinomialConfig(StrategyConfig):
     """Share of each batch that is drawn uniformly over all images, in [0, 1]."""
     reweighted: bool = True
     """Weigh rays by their density (eq. 9)."""
+    alpha_warmup: int = 0
+    """Training steps over which alpha rises from 0; the paper's 1000 is for chains and their upper bound alike."""
 
 
 class MultinomialStrategy(MapStrategy):
