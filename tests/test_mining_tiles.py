@@ -29,8 +29,20 @@ def densities(draw) -> tiles.TiledDensity:
 
 def probabilities(density: tiles.TiledDensity) -> torch.Tensor:
     """By brute force."""
-    weights = dens.weight(density.codes).double() * density.factors[:, None]
+    every = torch.arange(density.codes.numel())
+    weights = tiles.weight(density, every).double().view_as(density.codes) * density.factors[:, None]
     return (weights / weights.sum()).flatten()
+
+
+@LAW
+@given(densities())
+def test_weights_are_those_that_bytes_stand_for(density):
+    """But for what is rounded where a tile's sum has 31 bits; and only 0 has no weight."""
+    weights = tiles.weight(density, torch.arange(density.codes.numel())).double().view_as(density.codes)
+    unit = density.codes.shape[1] / (2**31 - 1)
+    assert ((weights - dens.weight(density.codes).double() / dens.LARGEST).abs() <= weights * 1e-6 + unit).all()
+    assert torch.equal(weights > 0, density.codes > 0)
+    torch.testing.assert_close(density.sums.double(), weights.sum(dim=1), rtol=1e-5, atol=0)
 
 
 @LAW

@@ -3,7 +3,7 @@
     python -m nerfstudio_softmining.images.cost PHOTO --samplers uniform langevin edge
 
 Steps of the samplers alternate, so that whatever else the machine does falls on all of them alike. The backward pass is
-cut in two at the features of the hash grid. Medians leave out what every tenth step has on top, the averaged weights.
+cut in two at the features of the hash grid. Means have their share of what is done once for many steps.
 In torch only: tiny-cuda-nn's passes can not be taken apart.
 """
 
@@ -92,21 +92,19 @@ def main(cost: Cost) -> None:
     height, width = photo.size
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     table = Table(
-        title=f"Median ms of {cost.steps} steps; {height} x {width} pixels, batch {cost.config.batch:,}; {device}",
+        title=f"Mean ms of {cost.steps} steps; {height} x {width} pixels, batch {cost.config.batch:,}; {device}",
         box=box.MARKDOWN,
         title_justify="left",
     )
     table.add_column("sampler", no_wrap=True, min_width=max(map(len, seconds)))
-    for heading in (*STAGES, "step", "mean step", "over " + cost.samplers[0]):
+    for heading in (*STAGES, "step", "over " + cost.samplers[0]):
         table.add_column(heading, justify="right")
-    base = None  # of the means, which have what is done once for many steps
+    base = None
     for name, rows in seconds.items():
-        counted = 1000 * np.array(rows[WARM_UP:])
-        steps = counted.sum(axis=1)
-        base = steps.mean() if base is None else base
-        stages = [f"{value:.2f}" for value in np.median(counted, axis=0)]
-        over = f"{100 * (steps.mean() / base - 1):+.1f} %"
-        table.add_row(name, *stages, f"{np.median(steps):.2f}", f"{steps.mean():.2f}", over)
+        stages = 1000 * np.mean(rows[WARM_UP:], axis=0)  # not medians, as some samplers do work for many steps at once
+        step = stages.sum()
+        base = step if base is None else base
+        table.add_row(name, *(f"{value:.2f}" for value in (*stages, step)), f"{100 * (step / base - 1):+.1f} %")
     CONSOLE.print(table)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64, UInt8
+from jaxtyping import Float, Float64, Int32, Int64, UInt8
 from torch import Tensor
 
 from nerfstudio_softmining.mining import density as dens
@@ -17,7 +18,8 @@ class TiledDensity(NamedTuple):
     """A density over entries that are parted into tiles of as many entries each.
 
     An entry has a weight, and a tile a factor on the weights of its entries; entry number i is in tile i // size.
-    Takes 1 byte an entry and 16 bytes a tile.
+    Takes 1 byte an entry and 16 bytes a tile. Weights are whole parts of the largest, so small that the sum of a tile
+    has 31 bits.
 
     >>> density = tabulate(torch.full((3, 4), 255, dtype=torch.uint8))
     >>> density.sums
@@ -41,7 +43,8 @@ def tabulate(codes: UInt8[Tensor, "tiles size"]) -> TiledDensity:
     >>> tabulate(codes).ends.round(decimals=1)
     tensor([1., 2., 2.], dtype=torch.float64)
     """
-    sums = torch.cat([dens.weight(part).sum(dim=1) for part in codes.split(1 << 16)]) / dens.LARGEST
+    size = codes.shape[1]
+    sums = torch.cat([_integers(part, size).sum(dim=1) for part in codes.split(1 << 16)]) / _largest(size)
     return corrected(TiledDensity(codes, sums, torch.ones_like(sums), sums.double()), torch.ones_like(sums))
 
 
@@ -71,10 +74,21 @@ def draw(density: TiledDensity, count: int, generator: torch.Generator | None = 
     # below the end even if the product is rounded up to it
     target = ((part + turn) % 1 * total).minimum(total.nextafter(torch.zeros_like(total)))
     tile = torch.searchsorted(density.ends, target, right=True).clamp_max(len(density.ends) - 1)
-    ends = dens.weight(density.codes.index_select(0, tile)).cumsum(dim=1)
-    place = torch.searchsorted(ends, (chance[1] * ends[:, -1]).long()[:, None], right=True)[:, 0]
-    entry = tile * density.codes.shape[1] + place.clamp_max(density.codes.shape[1] - 1)
+    size = density.codes.shape[1]
+    ends = _integers(density.codes.index_select(0, tile), size).cumsum(dim=1, dtype=torch.int32)
+    place = torch.searchsorted(ends, (chance[1] * ends[:, -1]).int()[:, None], right=True)[:, 0]
+    entry = tile * size + place.clamp_max(size - 1)
     return Draw(entry, probability(density, entry))
+
+
+def weight(density: TiledDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Weight of each of the given entries, in [0, 1], without the factor of its tile.
+
+    >>> weight(tabulate(torch.tensor([[255, 0]], dtype=torch.uint8)), torch.tensor([0, 1]))
+    tensor([1., 0.])
+    """
+    size = density.codes.shape[1]
+    return _integers(density.codes.view(-1)[index], size) / _largest(size)
 
 
 def probability(density: TiledDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:
@@ -83,8 +97,25 @@ def probability(density: TiledDensity, index: Int64[Tensor, " k"]) -> Float[Tens
     >>> probability(tabulate(torch.full((2, 2), 255, dtype=torch.uint8)), torch.tensor([3]))
     tensor([0.2500])
     """
-    weight = dens.weight(density.codes.view(-1)[index]).double() / dens.LARGEST
-    return (weight * density.factors[index // density.codes.shape[1]] / density.ends[-1]).float()
+    factor = density.factors[index // density.codes.shape[1]]
+    return (weight(density, index).double() * factor / density.ends[-1]).float()
+
+
+def _largest(size: int) -> int:
+    """Integer weight of the largest byte: as many as a tile has entries are a sum of 31 bits."""
+    return (2**31 - 1) // size
+
+
+def _integers(codes: UInt8[Tensor, "*n"], size: int) -> Int32[Tensor, "*n"]:
+    """Integer weights of entries of tiles of a size."""
+    return _integer_weights(size, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+@functools.lru_cache
+def _integer_weights(size: int, device: torch.device) -> Tensor:
+    codes = torch.arange(256, dtype=torch.uint8)
+    weights = dens.weight(codes).double() / dens.LARGEST * _largest(size)
+    return torch.where(codes > 0, weights.round().clamp_min(1), 0).int().to(device)
 
 
 def borrowed(

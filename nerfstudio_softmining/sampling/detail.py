@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nerfstudio_softmining.mining import density as dens
 from nerfstudio_softmining.mining import edges, tiles
 from nerfstudio_softmining.mining.langevin import Pool
 from nerfstudio_softmining.sampling.feedback import MiningBatch
@@ -30,7 +29,7 @@ SMALLEST = 4
 """Side in cells of a tile, at least."""
 TILE_BYTES = 28
 """Memory of a tile beside its cells."""
-AHEAD = 1 << 16
+AHEAD = 1 << 15
 """Rays that are drawn at a time, as a draw of many costs little more than one of few."""
 
 
@@ -132,7 +131,7 @@ class DetailStrategy(MapStrategy):
         self._heard = []
         table, tiling = self.map.table, self.map.tiling
         entry = tiling.entry_of(self.pixels.slot[indices[:, 0]], indices[:, 1:])
-        expected = (dens.weight(table.codes.view(-1)[entry]) / dens.LARGEST).sqrt()
+        expected = tiles.weight(table, entry).sqrt()
         useful = error.isfinite()
         error, expected = torch.where(useful, torch.stack((error, expected)), 0.0)
         # on the scale of the errors of now: they fall while training, and tiles are seen at different times
