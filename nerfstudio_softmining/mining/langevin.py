@@ -111,8 +111,8 @@ def step(
     importance: Float[Tensor, " n"],
     domain: Domain,
     *,
-    drift: Float[Tensor, "n 1"] | float,
-    noise: Float[Tensor, "n 1"] | float,
+    drift: Float[Tensor, "n #d"] | float,
+    noise: Float[Tensor, "n #d"] | float,
     reinit_share: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Pool, Info]:
