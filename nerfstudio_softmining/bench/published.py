@@ -42,7 +42,8 @@ class FixedImages(LangevinStrategy):
     def draw(self, count: int) -> tuple[Pool, int]:
         rays, num_uniform = super().draw(count)
         assert self.pool is not None
-        self.images = self.pixels.image_idx[torch.arange(count) * self.pixels.num_slots // count]
+        slot = torch.arange(count, device=self.pixels.device) * self.pixels.num_slots // count
+        self.images = self.pixels.image_idx[slot]
         self.pool = self.pool._replace(chart=self.images[: count - num_uniform])
         return rays._replace(chart=self.images), num_uniform
 
@@ -52,7 +53,8 @@ class FixedImages(LangevinStrategy):
         own, starts = self.images[: len(self.pool.chart)], self.starts.draw(STARTS)
         order = starts.chart.argsort()
         first, end = (torch.searchsorted(starts.chart[order], own, right=right) for right in (False, True))
-        chosen = order[(first + (torch.rand(len(own)) * (end - first)).long()).clamp_max(STARTS - 1)]
+        chance = torch.rand(len(own), generator=self.pixels.generator, device=own.device)
+        chosen = order[(first + (chance * (end - first)).long()).clamp_max(STARTS - 1)]
         density = starts.density[chosen] * STARTS / (self.pixels.num_slots * (end - first).clamp_min(1))
         anew = Pool(own, starts.position[chosen], density)
         self.pool = select(self.pool.chart == own, self.pool, anew)

@@ -111,8 +111,8 @@ def step(
     importance: Float[Tensor, " n"],
     domain: Domain,
     *,
-    drift: Float[Tensor, "n #d"] | float,
-    noise: Float[Tensor, "n #d"] | float,
+    drift: Float[Tensor, "n k"] | float,
+    noise: Float[Tensor, "n k"] | float,
     reinit_share: float,
     generator: torch.Generator | None = None,
 ) -> tuple[Pool, Info]:
@@ -126,8 +126,8 @@ def step(
         grad_log_q: the gradient of log Q at each chain, per unit of the positions.
         importance: Q at each chain, before the move.
         domain: where chains may be, and how new ones are drawn.
-        drift: a, in squared units of the positions.
-        noise: b, in units of the positions: the standard deviation of one step.
+        drift: a, in squared units of the positions; for all, each chain [n, 1] or each of its coordinates [n, d].
+        noise: b, in units of the positions: the standard deviation of one step; likewise.
         reinit_share: share of the chains, those of the lowest importance, that start anew.
         generator: source of randomness on the pool's device; torch's own if None.
 
