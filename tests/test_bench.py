@@ -285,7 +285,7 @@ def test_evaluation_is_not_counted_as_training(monkeypatch):
     assert clocked.read(64)["rays_per_second"] == round(64 / 1.5)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX can send Ctrl-C to one other process")
 def test_ctrl_c_keeps_what_is_finished(data, tmp_path):
     path, output = write_preset(tmp_path, at=[4, 4000]), tmp_path / "out"
     process = subprocess.Popen(

@@ -439,7 +439,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "nerfstudio_softmining.cli", *arguments]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX can send Ctrl-C to one other process")
 def test_ctrl_c_on_the_command_line(photo_file, tmp_path):
     arguments = command("image", str(photo_file), "--at", "2", "1500", "--output", str(tmp_path), *FLAGS)
     process = subprocess.Popen(

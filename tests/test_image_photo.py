@@ -297,7 +297,7 @@ def test_a_photo_moves_as_a_whole():
     assert torch.equal(moved.values, photo.values) and moved.encoding == photo.encoding and moved.size == photo.size
 
 
-@pytest.mark.skipif(not DATA, reason="SOFTMINING_DATA is not set")
+@pytest.mark.skipif(not DATA, reason="SOFTMINING_DATA is not set: the folder of real photographs")
 @pytest.mark.parametrize("name", ["images/albert.jpg", "nerf_llff_data/fern/images_4/image000.png"])
 def test_real_photographs_are_read_as_another_program_reads_them(name):
     path = Path(DATA or "") / name

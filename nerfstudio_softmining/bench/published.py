@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -21,9 +22,10 @@ from nerfstudio_softmining.bench import report
 from nerfstudio_softmining.bench.bench import run_bench
 from nerfstudio_softmining.errors import UserError, hide_traceback_of_user_errors
 from nerfstudio_softmining.mining import importance as imp
+from nerfstudio_softmining.mining.importance import soft_weights
 from nerfstudio_softmining.mining.langevin import Pool, select
 from nerfstudio_softmining.sampling.feedback import MiningBatch
-from nerfstudio_softmining.sampling.langevin import LangevinStrategy
+from nerfstudio_softmining.sampling.langevin import LangevinConfig, LangevinStrategy
 from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.sampler import STRATEGIES
 
@@ -81,7 +83,7 @@ def _height_and_width(pixels: CachedPixels, pool: Pool) -> Tensor:
 def _clamped(density: Tensor, alpha: float) -> Tensor:
     """Weights up to their mean and a standard deviation. (The other end of the published clamp, 0.2, is out of reach
     of 1 / Q^alpha, as Q is below 1.)"""
-    weights = density.clamp_min(imp.SMALLEST_DENSITY).pow(-alpha)
+    weights = soft_weights(density, alpha)
     return weights.clamp_max(weights.mean() + weights.std())
 
 
@@ -98,8 +100,8 @@ def _clamping() -> AbstractContextManager:
 
 
 BY_Q = "langevin,weight_by=importance"
-BATCHES_OF_THE_PAPER = 8
-"""4,096 rays over the 512 of the lite methods: what the drift of a mean loss has there for the same step size a."""
+SMALLER_BATCH = 4096 / 512
+"""The paper's batch over that of the lite methods: by so much larger the drift of a mean loss is there."""
 WEAK_POINTS: dict[str, tuple[str, tuple[Callable[[], AbstractContextManager], ...]]] = {
     "none (langevin)": ("langevin", ()),
     "fixed images": ("langevin", (_of_class(FixedImages),)),
@@ -107,7 +109,7 @@ WEAK_POINTS: dict[str, tuple[str, tuple[Callable[[], AbstractContextManager], ..
     "isotropic in [0, 1]^2": ("langevin", (_isotropic,)),
     "weights by Q for all rays": (BY_Q, ()),
     "the same, clamped": (BY_Q, (_clamping,)),
-    "drift of a mean loss": (f"langevin,drift={2e-6 * BATCHES_OF_THE_PAPER}", ()),
+    "drift of a mean loss": (f"langevin,drift={LangevinConfig.drift * SMALLER_BATCH}", ()),
     "all but the drift": (BY_Q, (_of_class(AsPublished), _isotropic, _clamping)),
 }
 """Sampler, and what is put back."""
@@ -120,8 +122,8 @@ def compare(
     scenes: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),
     weak_points: tuple[str, ...] = tuple(WEAK_POINTS),
-) -> None:
-    """Train with each weak point, and print PSNR.
+) -> bool:
+    """Train with each weak point, and print PSNR; returns whether every run went well.
 
     Args:
         preset: preset whose scenes, seeds and evaluations are taken.
@@ -134,20 +136,22 @@ def compare(
     unknown = set(weak_points) - WEAK_POINTS.keys()
     if unknown:
         raise UserError(f"--weak-points has {unknown.pop()!r}. There are {', '.join(map(repr, WEAK_POINTS))}.")
-    runs = []
+    runs, went_well = [], True
     for name in weak_points:
         sampler, put_back = WEAK_POINTS[name]
         folder = output / name.replace(" ", "_")
         with ExitStack() as stack:
             for context in put_back:
                 stack.enter_context(context())
-            run_bench(preset, data, folder, {"samplers": (sampler,), "scenes": scenes, "seeds": seeds})
+            changes = {"samplers": (sampler,), "scenes": scenes, "seeds": seeds}
+            went_well &= run_bench(preset, data, folder, changes)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         runs += [run | {"sampler": name} for run in results["runs"]]
     for scene in report.scenes_of(runs):
         CONSOLE.print(report.quality([r for r in runs if r["scene"] == scene], "psnr", f"PSNR in dB, {scene}"))
+    return went_well
 
 
 if __name__ == "__main__":
     hide_traceback_of_user_errors()
-    tyro.cli(compare)
+    sys.exit(not tyro.cli(compare))

@@ -30,7 +30,7 @@ SMALLEST = 4
 TILE_BYTES = 28
 """Memory of a tile beside its cells."""
 AHEAD = 1 << 15
-"""Rays that are drawn at a time, as a draw of many costs little more than one of few."""
+"""Rays that are drawn at a time: a draw of many costs little more than one of few, as long as it fits the caches."""
 
 
 @dataclass
