@@ -381,6 +381,7 @@ def test_batches_may_be_tiny(sampler, batch):
         ("evos,mutated_share=2", "--samplers evos,mutated-share is 2"),
         ("evos,first_interval=0", "--samplers evos,first-interval is 0"),
         ("uniform,alpha=2", "--alpha is 2"),
+        ("detail,alpha=soft", "alpha is written as in alpha=0.3"),
         ("uniform,learning_rate=0", "--learning-rate is 0"),
         ("evos,selected_share=0", "selected-share is 0"),
         ("greedy,share=0", "share is 0"),
@@ -407,6 +408,24 @@ def test_settings_of_one_sampler_do_not_reach_another():
     assert config == FitConfig(**SMALL) and make_settings("langevin", 0, 10, config).strategy.drift == 1e-5
     assert make_settings("uniform-weighted", 0, 10, config).config.weight_by == "importance"
     assert make_settings("uniform", 0, 10, config).config.weight_by == "density"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "given", "alpha"),
+    [
+        ("detail", None, 0.3),
+        ("langevin", None, 0.6),
+        ("uniform-weighted", None, 0.6),
+        ("detail", 0.6, 0.6),
+        ("langevin", 0.2, 0.2),
+        ("detail,alpha=0.9", None, 0.9),
+        ("detail,alpha=1", 0.2, 1.0),
+    ],
+)
+def test_the_softness_is_the_samplers_own_unless_one_is_given(sampler, given, alpha):
+    settings = make_settings(sampler, 0, 10, FitConfig(**SMALL, alpha=given))
+    assert settings.config.alpha == alpha
+    assert Fit(make_photo(), settings).loss.alpha == alpha
 
 
 def test_a_batch_too_small_for_its_strata_is_named():

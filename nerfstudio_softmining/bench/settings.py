@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nerfstudio_softmining.errors import UserError
@@ -25,13 +26,19 @@ def apply(setting: str, places: Sequence[Any], required: bool, sampler: str) -> 
     if not equals or (required and not owners):
         raise UserError(f"{sampler!r} has {setting!r}: neither the model nor the sampler has a setting {key!r}.")
     for owner in owners:
-        value, hint = _literal(text), get_type_hints(type(owner)).get(key)
+        value, hint = _literal(text), _without_none(get_type_hints(type(owner)).get(key))
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise UserError(f"{sampler!r} has {setting!r}: {key} is one of {', '.join(map(str, get_args(hint)))}.")
         accepted = KINDS.get(hint if get_origin(hint) is None else get_origin(hint))
         if accepted is not None and type(value) not in accepted:
             raise UserError(f"{sampler!r} has {setting!r}: {key} is written as in {key}={getattr(owner, key)}.")
         setattr(owner, key, float(value) if hint is float else value)
+
+
+def _without_none(hint: Any) -> Any:
+    """The kind of value of a setting that may also be left open."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else []
+    return kinds[0] if len(kinds) == 1 else hint
 
 
 def _literal(text: str) -> Any:

@@ -10,12 +10,12 @@ from nerfstudio_softmining.errors import UserError
 
 @dataclass
 class FitConfig:
-    """How a field is fitted to a photograph; the defaults are the paper's (section 4.1)."""
+    """How a field is fitted to a photograph; the defaults are the paper's (section 4.1) but for `detail`'s softness."""
 
     batch: int = 4096
     """Points of a training step."""
-    alpha: float = 0.6
-    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling."""
+    alpha: float | None = None
+    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling; None is 0.3 for detail, else 0.6."""
     weight_by: Literal["density", "importance"] = "density"
     """Weigh a point by the density it was drawn with, which is Q only for the chains, or any point by its Q."""
     photo_gradient: bool = True
@@ -41,7 +41,7 @@ class FitConfig:
         for name in ("batch", "levels", "features", "log2_hashmap_size", "base_resolution", "width"):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} is {getattr(self, name)}: it is a whole number of 1 or more.")
-        if not 0 <= self.alpha <= 1:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha is {self.alpha}: it lies in [0, 1]. The paper uses 0.6.")
         if not self.learning_rate > 0:
             raise UserError(f"--learning-rate is {self.learning_rate}: it is above 0, such as 0.01.")

@@ -57,6 +57,10 @@ SAMPLERS: dict[str, tuple[Callable[[], StrategyConfig], type[Strategy]]] = {
     "evos": (EvosConfig, EvosStrategy),
 }
 """Settings and class of each way of choosing points."""
+ALPHA = {"detail": 0.3}
+"""Softness of the samplers that do better with another one than the paper's."""
+PAPERS_ALPHA = 0.6
+"""Softness of all others (section 4.1)."""
 FLAGS = Flags(setting="--samplers {kind},{name}", batch="--batch", map_memory="map memory")
 DECAY = 0.33
 """Factor on the learning rate, as in Instant-NGP's settings for photographs."""
@@ -105,6 +109,8 @@ def make_settings(sampler: str, seed: int, iterations: int, config: FitConfig) -
     if kind not in SAMPLERS:
         raise UserError(f"--samplers has {kind!r}. Photographs have {', '.join(SAMPLERS)}.")
     config, strategy = deepcopy(config), SAMPLERS[kind][0]()
+    if config.alpha is None:
+        config.alpha = ALPHA.get(kind, PAPERS_ALPHA)
     if kind == "uniform-weighted":
         config.weight_by = "importance"
     for setting in own:
@@ -134,6 +140,7 @@ class Fit:
         )
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, self.config.decay_at, DECAY)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
+        assert self.config.alpha is not None, "settings come from make_settings"
         self.loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
         self.strategy = self._make_strategy()
         self.iteration = 0
