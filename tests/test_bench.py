@@ -258,7 +258,12 @@ def test_gains_over_all_scenes_are_those_over_the_same_seed_where_all_scenes_hav
     edge, active = (next(line for line in text.splitlines() if name in line) for name in ("| edge", "| active"))
     assert edge.split("|")[2:5] == ["     2 ", " 1.00 ± 0.00 ", " 1.00 ± 0.00 "]
     assert active.count("2.00") == 2 and "±" not in active and "| uniform" not in text
-    assert report.gains([run for run in runs if run["scene"] == "a"]) is None
+    alone = [run for run in runs if run["scene"] == "a"]
+    assert report.gains(alone) is None
+    text = rendered(report.same_seed(alone, "edge", "Gain"))
+    uniform, active = (next(line for line in text.splitlines() if name in line) for name in ("| uniform", "| active"))
+    assert uniform.count("-0.50 ± 0.00") == 2 and active.count("0.50 ± 0.00") == 2 and "| edge" not in text
+    assert any("Gain over uniform" in str(table.title) for table in report.tables((), alone))
 
 
 def test_means_and_spreads_are_those_of_the_seeds():

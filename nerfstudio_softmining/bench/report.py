@@ -66,8 +66,10 @@ def write(preset: Preset, results: dict, output: Path) -> None:
 
 
 def tables(wanted: Sequence[float], runs: Runs) -> list[Table]:
-    """PSNR and SSIM at each evaluation, iterations and seconds to PSNRs, and times; of one scene."""
+    """PSNR, its gain and SSIM at each evaluation, iterations and seconds to PSNRs, and times; of one scene."""
     scores = [quality(runs, "psnr", "PSNR in dB")]
+    if BASELINE in samplers_of(runs):
+        scores.append(same_seed(runs, BASELINE, "Gain over uniform of the same seed in dB"))
     if any("ssim" in run for run in runs):
         scores.append(quality(runs, "ssim", "SSIM"))
     return [*scores, iterations(wanted, runs), equal_seconds(runs), times(runs)]
@@ -182,25 +184,29 @@ def times(runs: Runs) -> Table:
 
 
 def gains(runs: Runs) -> Table | None:
-    """Mean over the scenes of the gain over uniform with the same seed, at each evaluation; None for a single scene.
+    """Mean over the scenes of the gain over uniform with the same seed; None for a single scene."""
+    if len(scenes_of(runs)) < 2:
+        return None
+    return same_seed(runs, BASELINE, "Gain over uniform of the same seed in dB, mean over the scenes")
+
+
+def same_seed(runs: Runs, baseline: str, title: str) -> Table:
+    """Mean over the scenes of the gain over a baseline with the same seed, at each evaluation.
 
     Of the samplers and seeds that all scenes have.
     """
     scenes, known = scenes_of(runs), {(r["scene"], r["sampler"], r["seed"], r["iteration"]): r["psnr"] for r in runs}
-    if len(scenes) < 2:
-        return None
 
     def gain(sampler: str, seed: int, at: int) -> float | None:
-        pairs = [(known.get((s, sampler, seed, at)), known.get((s, BASELINE, seed, at))) for s in scenes]
+        pairs = [(known.get((s, sampler, seed, at)), known.get((s, baseline, seed, at))) for s in scenes]
         gains = [mine - base for mine, base in pairs if mine is not None and base is not None]
         return float(np.mean(gains)) if len(gains) == len(scenes) else None
 
-    title = "Gain over uniform of the same seed in dB, mean over the scenes"
     out = _table(title, "sampler", "seeds", *(f"{at:,} it." for at in iterations_of(runs)))
     for sampler in samplers_of(runs):
         rows = [[gain(sampler, seed, at) for at in iterations_of(runs)] for seed in seeds_of(runs)]
         whole = [row for row in rows if None not in row]
-        if whole and sampler != BASELINE:
+        if whole and sampler != baseline:
             out.add_row(sampler, str(len(whole)), *map(mean_and_spread, zip(*whole, strict=True)))
     return out
 
