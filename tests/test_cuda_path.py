@@ -15,11 +15,13 @@ import torch
 from captures import write_capture
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+from nerfstudio.utils import comms
 from torch import Tensor
 from virtual_device import DEVICE, MixedDevicesError, VirtualDevice
 
 from nerfstudio_softmining import methods
 from nerfstudio_softmining.bench import cost
+from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler
 
 KINDS = ("uniform", *STRATEGIES)
@@ -68,12 +70,21 @@ def scenes(tmp_path_factory):
 class Training:
     """The steps of nerfstudio's trainer on a device."""
 
-    def __init__(self, data: Path, kind: str, device: torch.device, images_on_gpu: bool = True, **settings) -> None:
+    def __init__(
+        self,
+        data: Path,
+        kind: str,
+        device: torch.device,
+        images_on_gpu: bool = True,
+        eval_mode: str = "all",
+        begin: bool = True,
+        **settings,
+    ) -> None:
         random.seed(0)
         torch.manual_seed(0)
         config = deepcopy(methods.softmining_nerfacto_lite.config).pipeline
         config.datamanager.data = data
-        config.datamanager.dataparser.eval_mode = "all"
+        config.datamanager.dataparser.eval_mode = eval_mode
         config.datamanager.train_num_rays_per_batch = 64
         config.datamanager.images_on_gpu = images_on_gpu
         config.datamanager.pixel_sampler.kind = kind
@@ -85,6 +96,8 @@ class Training:
         config.model.num_levels, config.model.num_nerf_samples_per_ray = 2, 4
         config.model.num_proposal_samples_per_ray = (8,)
         self.pipeline: VanillaPipeline = config.setup(device=device, test_mode="test")
+        if not begin:
+            return
         self.optimizer = torch.optim.Adam(self.pipeline.model.parameters(), lr=1e-2, eps=1e-15)
         self.callbacks = self.pipeline.get_training_callbacks(
             TrainingCallbackAttributes(None, None, self.pipeline, None)
@@ -226,3 +239,59 @@ def test_a_step_on_cuda_waits_for_nothing(scenes, kind, scene, monkeypatch):
         monkeypatch.setattr(MiningPixelSampler, name, without_waits(getattr(MiningPixelSampler, name)))
     for _ in range(3):
         assert training.step().isfinite()
+
+
+def test_rays_are_made_in_full_precision(tmp_path):
+    """nerfstudio's trainer asks for rays within autocast, where its ray generation fails for orthophotos."""
+    training = Training(write_capture(tmp_path, camera_model="ORTHOPHOTO"), "langevin", torch.device("cpu"))
+    manager = training.pipeline.datamanager
+    manager.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(RuntimeError, match="dtype"):
+            manager.train_ray_generator(torch.zeros(1, 3, dtype=torch.int64))
+        rays, batch = manager.next_train(0)
+    assert rays.origins.dtype == rays.directions.dtype == batch["image"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_process_does_not_repeat_the_draws_of_the_first_after_resuming(scenes, kind, monkeypatch):
+    """Only the first process saves, and all load what it has saved."""
+
+    def draws_after(resumed: bool, rank: int) -> list[Tensor]:
+        monkeypatch.setattr(comms, "get_rank", lambda: rank)
+        manager = Training(scenes["plain"], kind, torch.device("cpu")).pipeline.datamanager
+        manager.train()
+        if resumed:
+            manager.set_extra_state(deepcopy(saved))
+        return [manager.next_train(step)[1]["indices"] for step in (7, 8)]
+
+    first = Training(scenes["plain"], kind, torch.device("cpu"))
+    first.step()
+    saved = first.pipeline.datamanager.get_extra_state()
+    same, apart, anew = draws_after(True, rank=0), draws_after(True, rank=1), draws_after(False, rank=1)
+    for step in (0, 1):
+        shared = (apart[step][:, None] == same[step]).all(dim=-1).any(dim=-1).float().mean()
+        assert shared < 0.5
+        assert not torch.equal(apart[step], anew[step])  # nor what it drew when the training began
+    assert torch.equal(same[0], draws_after(True, rank=0)[0])
+
+
+@pytest.mark.parametrize(("saved", "loads"), [("tcnn", False), ("torch", True)])
+def test_a_checkpoint_of_the_other_implementation_is_refused(scenes, saved, loads):
+    """nerfstudio loads what fits and renders noise."""
+    pipeline = Training(scenes["plain"], "detail", torch.device("cpu")).pipeline
+    state = pipeline.state_dict()
+    state["_model._extra_state"] = {**state["_model._extra_state"], "implementation": saved}
+    if loads:
+        pipeline.load_pipeline(state, step=0)
+        return
+    with pytest.raises(UserError, match=r"trained with --pipeline.model.implementation tcnn.*softmining doctor"):
+        pipeline.load_pipeline(state, step=0)
+
+
+def test_evaluating_loads_no_training_image(tmp_path):
+    folder = write_capture(tmp_path / "scene", num_images=12)
+    pipeline = Training(folder, "detail", torch.device("cpu"), begin=False, eval_mode="interval").pipeline
+    for file in pipeline.datamanager.train_dataset.image_filenames:
+        file.unlink()
+    assert "psnr" in pipeline.get_average_eval_image_metrics()
