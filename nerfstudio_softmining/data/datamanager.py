@@ -100,7 +100,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         self.eval_dataloader = RandIndicesEvalDataloader(self.eval_dataset, device=self.device)
 
     @cached_property
-    def iter_train_image_dataloader(self) -> Iterator[dict]:
+    def iter_train_image_dataloader(self) -> Iterator[Any]:
         """The cached training images, on the device if `images_on_gpu`. Loaded at the first use."""
         config, dataset = self.config, self.train_dataset
         # masks are needed where pixels are drawn, which is where the images are
@@ -111,7 +111,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         return iter(self.train_image_dataloader)
 
     @cached_property
-    def iter_eval_image_dataloader(self) -> Iterator[dict]:
+    def iter_eval_image_dataloader(self) -> Iterator[Any]:
         """The cached images of evaluation, on the host. Loaded at the first use."""
         config, dataset = self.config, self.eval_dataset
         self.eval_image_dataloader = self._cache(
