@@ -1,15 +1,22 @@
-"""Fill in what the pages take from the package: the table of samplers."""
+"""Fill in the pages: the table of samplers from the package, and equations as MathML, which needs no script."""
 
 from __future__ import annotations
+
+import re
+
+from latex2mathml.converter import convert
 
 from nerfstudio_softmining.samplers import registry
 
 PLACE = "<!-- table of samplers -->"
+EQUATION = re.compile(r"^\$\$\n(.*?)^\$\$$", re.MULTILINE | re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace the place of the table by the registry's samplers."""
-    return markdown.replace(PLACE, sampler_table()) if PLACE in markdown else markdown
+    """Replace the place of the table by the registry's samplers, and $$ blocks by MathML."""
+    if PLACE in markdown:
+        markdown = markdown.replace(PLACE, sampler_table())
+    return EQUATION.sub(lambda match: convert(match[1].strip(), display="block"), markdown)
 
 
 def sampler_table() -> str:
