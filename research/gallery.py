@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.samplers import registry
 from torch import Tensor
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
 from nerfstudio_softmining.images.photo import Photo
-from nerfstudio_softmining.samplers import registry
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 BATCH = 1024
@@ -127,6 +127,7 @@ def scale(name: str) -> None:
 
 
 def main() -> None:
+    """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", type=Path)
     parser.add_argument("--side", type=int, default=400, help="pixels along the longer side")
