@@ -31,7 +31,7 @@ from nerfstudio_softmining.images.photo import Photo
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 BATCH = 1024
-"""Points of a step: a fortieth of the photograph's pixels, so that choosing them matters."""
+"""Points of a step: a 150th of the photograph's pixels, so that choosing them matters."""
 LAST = 200
 """Batches that a picture of draws is made of."""
 OCTAVES = 3
