@@ -11,6 +11,7 @@ from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler
 from nerfstudio.models.base_model import Model
+from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor, nn
 
 from nerfstudio_softmining import compat
@@ -19,6 +20,11 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 from nerfstudio_softmining.sampling.loss import SoftMinedLoss, WeightBy
 
+FIX_OF_IMPLEMENTATION = {
+    "tcnn": "Install tiny-cuda-nn (`softmining doctor` says how), or use the checkpoint on a machine that has it.",
+    "torch": "Set implementation to torch, on the command line or in the run's config.yml.",
+}
+"""What to do about a checkpoint of each implementation where the other one runs."""
 SURFACE = 0.5
 """Accumulated opacity from which a ray is taken to see a surface."""
 
@@ -91,7 +97,7 @@ class SoftMiningMixin(Model):
         mining = MiningBatch(batch["indices"], torch.ones(count), num_uniform=count, reweighted=False)
         try:
             self.train()
-            with compat.fork_random_state():
+            with compat.fork_random_state(self.device):
                 outputs = self(ray_bundle)
                 self.get_loss_dict(outputs, {**batch, BATCH_KEY: mining}, self.get_metrics_dict(outputs, batch))
         finally:
@@ -119,17 +125,34 @@ class SoftMiningMixin(Model):
             )
         return super().get_training_callbacks(training_callback_attributes)
 
+    @property
+    def _implementation(self) -> str:
+        """The implementation whose parameters the model holds: nerfstudio falls back to torch by itself."""
+        chosen = getattr(self.config, "implementation", "torch")
+        return chosen if TCNN_EXISTS else "torch"
+
     def get_extra_state(self) -> dict:
-        """When the proposal networks were last trained, which nerfstudio's checkpoints do not hold."""
-        sampler = self._outer_sampler()
-        if not isinstance(sampler, ProposalNetworkSampler):
-            return {}
-        return {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
+        """Return what nerfstudio's checkpoints lack: the implementation, and the schedule of the proposal networks."""
+        sampler, state = self._outer_sampler(), {"implementation": self._implementation}
+        if isinstance(sampler, ProposalNetworkSampler):
+            state |= {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
+        return state
 
     def set_extra_state(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: if the checkpoint holds the parameters of the other implementation. nerfstudio would leave out
+                what does not fit, and render noise.
+        """
+        saved = state.get("implementation", self._implementation)
+        if saved != self._implementation:
+            raise UserError(
+                f"the checkpoint was trained with --pipeline.model.implementation {saved}, but {self._implementation} "
+                f"runs here. {FIX_OF_IMPLEMENTATION[saved]}"
+            )
         sampler = self._outer_sampler()
-        if isinstance(sampler, ProposalNetworkSampler) and state:
+        if isinstance(sampler, ProposalNetworkSampler) and "step" in state:
             sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]
 
 

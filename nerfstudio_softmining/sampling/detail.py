@@ -86,7 +86,7 @@ class DetailStrategy(MapStrategy):
         self._kept = self._snapshot()
         super().cache(pixels)
         grid = self.make_grid("details", 1 + TILE_BYTES / SMALLEST**2)
-        tiling = Tiling(grid, max(SMALLEST, -(-self.config.tile // grid.side)))
+        tiling = Tiling(grid, max(SMALLEST, -(-self.config.tile // grid.side)), LARGER)
         self.map = TiledCellDensity.of_weights(
             tiling, lambda slot: edges.laplacian(pixels.image(slot)) + self.config.floor, "Finding details"
         )
@@ -141,7 +141,7 @@ class DetailStrategy(MapStrategy):
     def _factors(self, tiling: Tiling) -> Tensor:
         """What each tile's density is to be multiplied by, after what has been seen."""
         error, expected, rays = self.seen
-        ratio = tiles.borrowed(error, expected, tiling.above(LARGER), self.config.trust * error.sum() / rays.sum())
+        ratio = tiles.borrowed(error, expected, tiling.above(), self.config.trust * error.sum() / rays.sum())
         return ratio.nan_to_num(1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO).pow(self.config.correction)
 
     def _snapshot(self) -> dict[int, Tensor]:

@@ -20,7 +20,7 @@ from nerfstudio_softmining.sampling.error_map import ErrorMapConfig, ErrorMapStr
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 from nerfstudio_softmining.sampling.langevin import LangevinConfig, LangevinStrategy
 from nerfstudio_softmining.sampling.multinomial import MultinomialConfig, MultinomialStrategy
-from nerfstudio_softmining.sampling.pixels import CachedPixels
+from nerfstudio_softmining.sampling.pixels import CachedPixels, to_colours
 from nerfstudio_softmining.sampling.quadtree import QuadtreeConfig, QuadtreeStrategy
 from nerfstudio_softmining.sampling.strategy import FLAG, Strategy, Surroundings, indices_of
 
@@ -105,6 +105,8 @@ class MiningPixelSampler(PixelSampler):
         """Gives Q of any pixels; given by the datamanager."""
         self.cameras: Cameras | None = None
         """Cameras of the training images; given by the datamanager."""
+        self.background: Tensor | None = None
+        """Colour [3] that RGBA images are blended with; None keeps their alpha. Given by the datamanager."""
         self.strategy: Strategy | None = None
         self._generator: torch.Generator | None = None
         self._image_batch: dict | None = None
@@ -115,9 +117,9 @@ class MiningPixelSampler(PixelSampler):
     def sample(self, image_batch: dict) -> dict:
         """Make the next ray batch, with its [MiningBatch][] while training."""
         if not self.training:
-            return super().sample(image_batch)
+            return self._sample_uniformly(image_batch)
         if self.config.kind == "uniform":
-            batch = super().sample(image_batch)
+            batch = self._sample_uniformly(image_batch)
             count = len(batch["indices"])
             batch[BATCH_KEY] = MiningBatch(
                 batch["indices"], torch.ones(count, device=batch["indices"].device), num_uniform=count
@@ -137,6 +139,16 @@ class MiningPixelSampler(PixelSampler):
         )
         if self.config.keep_full_image:
             batch["full_image"] = image_batch["image"]
+        return batch
+
+    def _sample_uniformly(self, image_batch: dict) -> dict:
+        """Draw by nerfstudio's own sampler."""
+        if isinstance(image_batch["image"], list) and "mask" in image_batch:
+            self.config.rejection_sample_mask = False  # fails in nerfstudio 1.1.5 for images that differ in size
+        batch = super().sample(image_batch)
+        if self.background is not None:
+            self.background = self.background.to(batch["image"].device)
+        batch["image"] = to_colours(batch["image"], self.background)
         return batch
 
     def at(self, indices: Tensor) -> dict:
@@ -223,5 +235,6 @@ class MiningPixelSampler(PixelSampler):
             use_mask=not self.config.ignore_mask,
             fisheye_crop_radius=self.config.fisheye_crop_radius,
             is_equirectangular=bool(self.config.is_equirectangular),
+            background=self.background,
             generator=self._generator,
         )

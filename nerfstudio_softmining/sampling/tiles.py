@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,19 @@ class Tiling:
     Args:
         grid: the cells.
         side: cells along the side of a tile.
+        levels: number of sizes of larger tiles, each twice the one before, that [above][] is asked for.
     """
 
-    def __init__(self, grid: Grid, side: int) -> None:
+    def __init__(self, grid: Grid, side: int, levels: int = 0) -> None:
         self.grid, self.side = grid, side
         self.shapes = [(-(-rows // side), -(-columns // side)) for rows, columns in grid.shapes]
         """Rows and columns of tiles of each image."""
-        self.columns, self.start, self.ends = self._laid_out(self.shapes)
+        # made once, as a correction must not copy anything to the device
+        shapes, self._layouts = self.shapes, []
+        for _ in range(levels + 1):
+            self._layouts.append((sum(rows * columns for rows, columns in shapes), *self._laid_out(shapes)))
+            shapes = [((rows + 1) // 2, (columns + 1) // 2) for rows, columns in shapes]
+        _, self.columns, self.start, self.ends = self._layouts[0]
         self.starts = [0, *accumulate(rows * columns for rows, columns in self.shapes)]
         """Where the tiles of each image begin in the row of all tiles, on the host."""
         self.num_tiles = self.starts[-1]
@@ -66,19 +72,14 @@ class Tiling:
         padded = F.pad(cells, (0, columns * side - width, 0, rows * side - height))
         return padded.view(rows, side, columns, side).transpose(1, 2).reshape(rows * columns, side**2)
 
-    def above(self, levels: int) -> Iterator[Tensor]:
-        """For each of so many sizes of tiles, each twice the one before, the number of the next larger tile that each
-        tile of it is in."""
-        shapes = self.shapes
-        for _ in range(levels):
-            columns, start, ends = self._laid_out(shapes)
-            number = torch.arange(sum(rows * columns for rows, columns in shapes), device=ends.device)
+    def above(self) -> Iterator[Tensor]:
+        """For each size of tiles but the largest, the number of the next larger tile that each tile of it is in."""
+        for (count, columns, start, ends), (_, larger_columns, larger_start, _) in pairwise(self._layouts):
+            number = torch.arange(count, device=ends.device)
             slot = torch.searchsorted(ends, number, right=True)
             local = number - start[slot]
             row, column = local // columns[slot] // 2, local % columns[slot] // 2
-            shapes = [((rows + 1) // 2, (columns + 1) // 2) for rows, columns in shapes]
-            columns, start, _ = self._laid_out(shapes)
-            yield start[slot] + row * columns[slot] + column
+            yield larger_start[slot] + row * larger_columns[slot] + column
 
     def _laid_out(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Columns of each image's tiles, and where the tiles of each image begin and end in the row of all."""
