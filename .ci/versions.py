@@ -138,6 +138,7 @@ def user_steps(data: Path | None) -> list[Step]:
         ("eval", ("ns-eval", "--load-config", f"{resumed}/config.yml", "--output-path", "eval.json")),
         ("doctor", ("softmining", "doctor")),
         ("image", ("softmining", "image", f"{scene}/train/r_0.png", "--at", "50")),
+        ("render", ("softmining", "render", "outputs/image/r_0/runs/detail/0/checkpoint.pt", "--output", "large.png")),
         ("bench", ("python", "-c", write_preset)),
         ("bench", ("softmining", "bench", "preset.yaml", "--data", str(scene.parent))),
         ("tests", ("pytest", "-q", *(f"../checkout/tests/{name}" for name in tests))),

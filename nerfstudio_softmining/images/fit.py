@@ -250,6 +250,8 @@ class Fit:
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on."""
+        scheduler = self.scheduler.state_dict()
+        del scheduler["milestones"]  # a Counter, which torch 2.1 does not load safely; the settings have them
         return {
             "photo": {"size": self.photo.size, "fingerprint": fingerprint(self.photo)},
             "encoding": dataclasses.asdict(self.photo.encoding),
@@ -260,7 +262,7 @@ class Fit:
             "field": self.field.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": scheduler,
             "strategy": self.strategy.state_dict(),
             "generator": self.generator.get_state(),
             "drawn": list(self.drawn),
