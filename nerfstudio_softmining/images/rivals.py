@@ -77,8 +77,8 @@ class EvaluatingStrategy(Strategy):
 class GreedyConfig(StrategyConfig):
     """The pixels of the largest error alone (INT)."""
 
-    positive: ClassVar = ("interval", "side")
-    needed: ClassVar = ("share",)
+    positive: ClassVar[tuple[str, ...]] = ("interval", "side")
+    needed: ClassVar[tuple[str, ...]] = ("share",)
     reweighted: ClassVar[bool] = False
     share: float = 0.2
     """Share of all pixels that is selected, in (0, 1]."""
@@ -115,8 +115,8 @@ class GreedyStrategy(EvaluatingStrategy):
 class EvosConfig(StrategyConfig):
     """Evolution of the selected pixels (EVOS)."""
 
-    positive: ClassVar = ("first_interval", "last_interval", "side")
-    needed: ClassVar = ("selected_share",)
+    positive: ClassVar[tuple[str, ...]] = ("first_interval", "last_interval", "side")
+    needed: ClassVar[tuple[str, ...]] = ("selected_share",)
     reweighted: ClassVar[bool] = False
     first_interval: int = 100
     """Steps between two evaluations of the fitness at the start."""

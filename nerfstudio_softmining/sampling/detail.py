@@ -37,7 +37,7 @@ AHEAD = 1 << 15
 class DetailConfig(StrategyConfig):
     """Local detail, corrected by the error of tiles."""
 
-    positive: ClassVar = ("interval", "tile")
+    positive: ClassVar[tuple[str, ...]] = ("interval", "tile")
     uniform_share: float = 0.1
     """Share of each batch that is drawn uniformly over all images, in [0, 1]."""
     floor: float = FLOOR

@@ -27,7 +27,7 @@ LARGEST = 1 << 30
 class ErrorMapConfig(StrategyConfig):
     """A coarse error grid for each image (instant-ngp)."""
 
-    positive: ClassVar = ("interval",)
+    positive: ClassVar[tuple[str, ...]] = ("interval",)
     interval: int = 128
     """Steps until the first map is used; each further interval is 1.5 times as long."""
     reweighted: bool = False

@@ -24,7 +24,7 @@ LARGEST = 1 << 30
 class MultinomialConfig(StrategyConfig):
     """The exact density of Q over all pixels, at the price of rendering them all now and then."""
 
-    positive: ClassVar = ("refresh", "side")
+    positive: ClassVar[tuple[str, ...]] = ("refresh", "side")
     refresh: int = 500
     """Steps between two evaluations of all training pixels; 1 is the paper's upper bound."""
     side: int = 1

@@ -25,7 +25,7 @@ HEADROOM = 64
 class QuadtreeConfig(StrategyConfig):
     """Local contrast, and quadtrees that divide where the error is (Zhang et al. 2023)."""
 
-    positive: ClassVar = ("reduction",)
+    positive: ClassVar[tuple[str, ...]] = ("reduction",)
     initial_depth: int = 2
     """Depth of the trees at the start: 2 makes 4 x 4 leaves of an image."""
     threshold: float = 0.02
