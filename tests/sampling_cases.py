@@ -166,7 +166,6 @@ KINDS: dict[str, dict] = {
     "multinomial": dict(refresh=3),
     "error-map": dict(interval=2),
     "quadtree": dict(reduction=8),
-    "active": {},
     "detail": dict(interval=2, tile=1),
 }
 """All kinds of sampler, with settings that change maps within a few steps."""
@@ -217,9 +216,6 @@ def feed(
         mining.coords = (mining.indices[:, 1:] + 0.5).requires_grad_()
         factor = 2 * mining.weighted_error.grad * mining.weighted_error.detach()
         mining.coords.grad = factor[:, None] * gradient * torch.ones(count, 2)
-    mining.origins = torch.zeros(count, 3)
-    mining.directions = torch.nn.functional.normalize(torch.randn(count, 3, generator=seeded(seed)), dim=-1)
-    mining.depth = torch.rand(count, generator=seeded(seed))
     return mining
 
 

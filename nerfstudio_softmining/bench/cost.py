@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich import box
 from rich.table import Table
@@ -26,9 +25,6 @@ from torch import Tensor
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler, MiningPixelSamplerConfig
-
-RADIUS = 4.0
-"""Distance of the cameras from the middle of the scene."""
 
 
 @dataclass
@@ -53,17 +49,11 @@ class Cost:
 
 def make_sampler(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[MiningPixelSampler, dict]:
     """A sampler, and a batch of images for it."""
-    height, width = cost.size
     config = MiningPixelSamplerConfig(kind=kind, num_rays_per_batch=cost.rays)  # type: ignore[arg-type]
     config.multinomial.refresh = 1 << 30
     sampler = MiningPixelSampler(config)
     sampler.training, sampler.num_images = True, num_images
     sampler.evaluate = lambda indices: torch.ones(len(indices), device=cost.device)
-    angle = torch.linspace(0, 2 * torch.pi, num_images + 1)[:-1]
-    backward = torch.stack((angle.cos(), angle.sin(), torch.zeros_like(angle)), dim=-1)
-    up = torch.tensor([0.0, 0.0, 1.0]).expand_as(backward)
-    poses = torch.stack((torch.linalg.cross(up, backward), up, backward, RADIUS * backward), dim=-1)
-    sampler.cameras = Cameras(poses, fx=width * 1.0, fy=width * 1.0, cx=width / 2, cy=height / 2).to(cost.device)
     batch = {"image": image.expand(num_images, -1, -1, -1), "image_idx": torch.arange(num_images)}
     if cost.masked:
         batch["mask"] = (image[..., :1] > 0.2).expand(num_images, -1, -1, -1)
@@ -78,13 +68,11 @@ def make_feedback(mining: MiningBatch) -> MiningBatch:
     mining.weighted_error.grad = torch.full_like(mining.importance, 1 / count)
     mining.coords = (mining.indices[:, 1:] + 0.5).requires_grad_()
     mining.coords.grad = torch.randn(count, 2, device=device) / count
-    mining.origins = torch.randn(count, 3, device=device)
-    mining.directions, mining.depth = torch.zeros_like(mining.origins), torch.ones(count, device=device)
     return mining
 
 
 def memory(thing: Any, found: dict[int, int] | None = None) -> int:
-    """Bytes of all tensors that a strategy holds, but for the images and the cameras."""
+    """Bytes of all tensors that a strategy holds, but for the images."""
     found = {} if found is None else found
     if isinstance(thing, Tensor):
         found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()

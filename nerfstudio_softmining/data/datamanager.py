@@ -84,7 +84,6 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
         if isinstance(sampler, MiningPixelSampler):
             sampler.num_images = len(dataset)
-            sampler.cameras = dataset.cameras.to(self.device)
         return sampler
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
@@ -109,7 +108,6 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         else:
             rays, mining.coords = self._differentiable_rays(mining.indices)
             batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
-        mining.origins, mining.directions = rays.origins, rays.directions
         self._mining_batch = mining
         return rays, batch
 

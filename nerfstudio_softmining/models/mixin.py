@@ -19,8 +19,6 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
 from nerfstudio_softmining.sampling.loss import SoftMinedLoss, WeightBy
 
-SURFACE = 0.5
-"""Accumulated opacity from which a ray is taken to see a surface."""
 
 
 @dataclass
@@ -69,9 +67,6 @@ class SoftMiningMixin(Model):
                 "process)."
             )
         mining = batch[BATCH_KEY] if self.training else None
-        if mining is not None and "depth" in outputs:
-            surface = outputs["accumulation"] > SURFACE
-            mining.depth = torch.where(surface, outputs["depth"], torch.nan).detach()[..., 0]
         self.rgb_loss.batch = mining
         try:
             return super().get_loss_dict(outputs, batch, metrics_dict)

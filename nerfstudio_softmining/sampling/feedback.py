@@ -33,12 +33,6 @@ class MiningBatch:
     coords: Float[Tensor, "rays 2"] | None = None
     """Row and column that the rays were made from, in pixels: the leaf whose gradient drives the chains; set by the
     datamanager if the sampler asks for a gradient."""
-    origins: Float[Tensor, "rays 3"] | None = None
-    """Where the rays start; set by the datamanager."""
-    directions: Float[Tensor, "rays 3"] | None = None
-    """Where the rays go, of unit length; set by the datamanager."""
-    depth: Float[Tensor, " rays"] | None = None
-    """How far along its ray the surface is; NaN where there is none; set by the model."""
     importance: Float[Tensor, " rays"] | None = None
     """Q of each ray; set by the model."""
     error: Float[Tensor, " rays"] | None = None

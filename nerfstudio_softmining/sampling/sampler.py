@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.active import ActiveConfig, ActiveStrategy
 from nerfstudio_softmining.sampling.detail import DetailConfig, DetailStrategy
 from nerfstudio_softmining.sampling.edge import EdgeConfig, EdgeStrategy
 from nerfstudio_softmining.sampling.error_map import ErrorMapConfig, ErrorMapStrategy
@@ -24,7 +22,7 @@ from nerfstudio_softmining.sampling.pixels import CachedPixels
 from nerfstudio_softmining.sampling.quadtree import QuadtreeConfig, QuadtreeStrategy
 from nerfstudio_softmining.sampling.strategy import FLAG, Strategy, Surroundings, indices_of
 
-Kind = Literal["detail", "langevin", "uniform", "edge", "multinomial", "error-map", "quadtree", "active"]
+Kind = Literal["detail", "langevin", "uniform", "edge", "multinomial", "error-map", "quadtree"]
 STRATEGIES: dict[str, type[Strategy]] = {
     "detail": DetailStrategy,
     "langevin": LangevinStrategy,
@@ -32,7 +30,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "multinomial": MultinomialStrategy,
     "error-map": ErrorMapStrategy,
     "quadtree": QuadtreeStrategy,
-    "active": ActiveStrategy,
 }
 """All kinds but `uniform`, which is nerfstudio's own."""
 
@@ -51,8 +48,7 @@ class MiningPixelSamplerConfig(PixelSamplerConfig):
     edge: on and around Canny edges (EGRA-NeRF).
     multinomial: by the exact error of all pixels, rendered now and then; slow (the paper's upper bound).
     error-map: by a coarse grid of the error of each image (instant-ngp).
-    quadtree: by local contrast, and quadtrees of the error (Zhang et al. 2023).
-    active: by loss and staleness, the loss carried over to other views (after ActRay)."""
+    quadtree: by local contrast, and quadtrees of the error (Zhang et al. 2023)."""
     detail: DetailConfig = field(default_factory=DetailConfig)
     """Settings of the kind detail."""
     langevin: LangevinConfig = field(default_factory=LangevinConfig)
@@ -65,8 +61,6 @@ class MiningPixelSamplerConfig(PixelSamplerConfig):
     """Settings of the kind error-map."""
     quadtree: QuadtreeConfig = field(default_factory=QuadtreeConfig)
     """Settings of the kind quadtree."""
-    active: ActiveConfig = field(default_factory=ActiveConfig)
-    """Settings of the kind active."""
     cell_side: int = 2
     """Side in pixels of the cells that maps of edges, contrast and errors are kept in."""
     map_memory: float = 2.0
@@ -103,8 +97,6 @@ class MiningPixelSampler(PixelSampler):
         """Number of training images; given by the datamanager."""
         self.evaluate: Callable[[Tensor], Tensor] | None = None
         """Gives Q of any pixels; given by the datamanager."""
-        self.cameras: Cameras | None = None
-        """Cameras of the training images; given by the datamanager."""
         self.strategy: Strategy | None = None
         self._generator: torch.Generator | None = None
         self._image_batch: dict | None = None
@@ -205,7 +197,6 @@ class MiningPixelSampler(PixelSampler):
                 self.config.cell_side,
                 self.config.map_memory,
                 self.evaluate,
-                self.cameras,
             )
             kind = self.config.kind
             self.strategy = STRATEGIES[kind](self.config.of_kind(kind), kind, surroundings)

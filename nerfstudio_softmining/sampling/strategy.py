@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -82,8 +81,6 @@ class Surroundings:
     """Memory in gigabytes that a map may take."""
     evaluate: Callable[[Int64[Tensor, "n 3"]], Float[Tensor, " n"]] | None = None
     """Gives Q of any pixels (image, row, column) with the network as it is."""
-    cameras: Cameras | None = None
-    """Cameras of the data set."""
     flags: Flags = Flags()
     """How messages name settings."""
 
