@@ -183,7 +183,7 @@ def test_exports(config, runs, kind, flags, made):
     ("flags", "named"),
     [
         (("--pipeline.model.alpha", 1.5), ("alpha", "1.5")),
-        (("--pipeline.datamanager.pixel-sampler.langevin.uniform-share", -0.1), ("uniform-share", "-0.1")),
+        (("--pipeline.datamanager.pixel-sampler.langevin.uniform-fraction", -0.1), ("uniform-fraction", "-0.1")),
         (("--pipeline.datamanager.pixel-sampler.multinomial.refresh", 0), ("multinomial.refresh", "0")),
         (("--pipeline.datamanager.pixel-sampler.langevin.noise", -1), ("noise", "-1")),
         (("--pipeline.datamanager.train-num-rays-per-batch", 4), ("train-num-rays-per-batch", "4 rays")),

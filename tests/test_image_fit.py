@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_cases import SAMPLERS, SMALL, centres, make_fit, make_photo, photo_of, predictions, residuals
-from sampling_cases import p_value
+from nerfstudio_softmining.sampling import langevin as chains
+from sampler_cases import p_value
 from torch import Tensor
 
 from nerfstudio_softmining import compat
@@ -22,9 +23,8 @@ from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, load, load_field, make_settings, render, save
 from nerfstudio_softmining.images.photo import Photo
 from nerfstudio_softmining.mining import langevin
-from nerfstudio_softmining.mining.edges import sobel
 from nerfstudio_softmining.mining.langevin import Pool
-from nerfstudio_softmining.sampling import langevin as chains
+from nerfstudio_softmining.mining.priors import sobel
 
 EACH_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 FROZEN = {"learning_rate": 1e-30}
@@ -94,9 +94,9 @@ def law_of(sampler: str, fit: Fit) -> Tensor:
         "edge",
         "multinomial,refresh=3",
         "greedy,interval=3",
-        "evos,selected_share=1,mutated_share=1",
-        "evos,selected_share=1",
-        "evos,mutated_share=1",
+        "evos,selected_fraction=1,mutated_fraction=1",
+        "evos,selected_fraction=1",
+        "evos,mutated_fraction=1",
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
@@ -122,7 +122,7 @@ def test_maps_follow_the_error_of_the_last_look(sampler):
 
 
 def test_chains_start_anew_in_proportion_to_sobels_edges():
-    fit = make_fit("langevin,reinit_share=1.0,uniform_share=0", batch=20_000, **FROZEN)
+    fit = make_fit("langevin,reinit_fraction=1.0,uniform_fraction=0", batch=20_000, **FROZEN)
     assert follows(fit, torch.ones(fit.photo.size))
     fit.step()
     assert follows(fit, sobel(fit.photo.values))
@@ -177,7 +177,7 @@ def test_the_fittest_are_looked_for_ever_more_often():
     [
         "uniform",
         "langevin,noise=0.03",
-        "langevin,noise=0.03,drift=0,reinit_from=uniform,reinit_share=0.5",
+        "langevin,noise=0.03,drift=0,reinit_from=uniform,reinit_fraction=0.5",
         "multinomial,refresh=3",
         "error-map,interval=2",
         "quadtree,reduction=8,initial_depth=1",
@@ -373,17 +373,17 @@ def test_batches_may_be_tiny(sampler, batch):
         ("langevin,drift=abc", "drift=abc"),
         ("langevin,drift=-1.0", "--samplers langevin,drift is -1.0"),
         ("langevin,drift=float('nan')", "drift"),
-        ("langevin,uniform_share=1.5", "--samplers langevin,uniform-share is 1.5"),
-        ("langevin,reinit_share=-0.1", "--samplers langevin,reinit-share is -0.1"),
+        ("langevin,uniform_fraction=1.5", "--samplers langevin,uniform-fraction is 1.5"),
+        ("langevin,reinit_fraction=-0.1", "--samplers langevin,reinit-fraction is -0.1"),
         ("multinomial,refresh=0", "--samplers multinomial,refresh is 0"),
         ("greedy,share=1.1", "--samplers greedy,share is 1.1"),
         ("greedy,interval=0", "--samplers greedy,interval is 0"),
-        ("evos,mutated_share=2", "--samplers evos,mutated-share is 2"),
+        ("evos,mutated_fraction=2", "--samplers evos,mutated-fraction is 2"),
         ("evos,first_interval=0", "--samplers evos,first-interval is 0"),
         ("uniform,alpha=2", "--alpha is 2"),
         ("detail,alpha=soft", "alpha is written as in alpha=0.3"),
         ("uniform,learning_rate=0", "--learning-rate is 0"),
-        ("evos,selected_share=0", "selected-share is 0"),
+        ("evos,selected_fraction=0", "selected-fraction is 0"),
         ("greedy,share=0", "share is 0"),
         ("langevin,reinit_from=nowhere", "reinit_from=nowhere|reinit-from"),
         ("langevin,weight_by=nothing", "weight_by=nothing|weight-by"),
@@ -480,13 +480,13 @@ class Line:
         return Pool((place[:, 0] > 0).long(), place - 3, place.exp()[:, 0])
 
 
-def jump(leaving: Tensor, domain: Line, reinit_share: float = 0.0) -> Pool:
+def jump(leaving: Tensor, domain: Line, reinit_fraction: float = 0.0) -> Pool:
     """Let some of the chains at 0 leave."""
     count = len(leaving)
     pool = Pool(torch.full((count,), 5), torch.zeros(count, 1), torch.ones(count))
     importance = torch.arange(count).float()
     return langevin.step(
-        pool, leaving[:, None] * 2.0, importance, domain, drift=1.0, noise=0.0, reinit_share=reinit_share
+        pool, leaving[:, None] * 2.0, importance, domain, drift=1.0, noise=0.0, reinit_fraction=reinit_fraction
     )[0]
 
 
@@ -508,11 +508,11 @@ def test_each_chain_that_leaves_follows_the_starts_however_many_leave(share):
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_chains_share_a_start_only_where_more_leave_than_are_drawn(count, leave, reinit_share, seed):
+def test_chains_share_a_start_only_where_more_leave_than_are_drawn(count, leave, reinit_fraction, seed):
     domain, chance = Line(seed), torch.rand(count, generator=torch.Generator().manual_seed(seed))
     leaving = chance < leave
-    moved = jump(leaving, domain, reinit_share)
-    low = torch.arange(count) < round(reinit_share * count)
+    moved = jump(leaving, domain, reinit_fraction)
+    low = torch.arange(count) < round(reinit_fraction * count)
     anew = leaving | low
     assert ((moved.position[:, 0] != 0) == anew).all() and len(domain.drawn) == 1 and domain.drawn[0] <= count
     starts = moved.position[anew, 0].unique()

@@ -127,7 +127,7 @@ def test_chains_on_the_documented_sphere_come_to_follow_q(document):
         assert pool.position.mean(dim=0).abs().max() < 0.03
         for _ in range(800):
             direction = torch.tensor([0.0, 0.0, 3.0]).expand(10_000, 3)
-            options = dict(drift=0.1**2 / 2, noise=0.1, reinit_share=0.0)
+            options = dict(drift=0.1**2 / 2, noise=0.1, reinit_fraction=0.0)
             pool = document["step_on_sphere"](pool, direction, torch.ones(10_000), **options)
     torch.testing.assert_close(pool.position.norm(dim=-1), torch.ones(10_000))
     mean = 1 / torch.tensor(3.0).tanh() - 1 / 3

@@ -11,7 +11,8 @@ from nerfstudio.data.scene_box import SceneBox
 
 from nerfstudio_softmining.data.datamanager import SoftMiningDataManager, _moving_with
 from nerfstudio_softmining.models.nerfacto import SoftMiningNerfactoModelConfig
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
+from nerfstudio_softmining.samplers.base import MiningBatch
 
 RAYS = 48
 CAMERAS = {

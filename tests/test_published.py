@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sampling_cases import CASES, Case, feed, follows, make_sampler, seeded
+from sampler_cases import CASES, Case, feed, follows, make_sampler, seeded
 
 from nerfstudio_softmining.bench import published
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import importance as imp
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY
-from nerfstudio_softmining.sampling.sampler import STRATEGIES
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, STRATEGIES
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def test_each_chain_stays_in_its_image_and_uniform_rays_are_in_the_last(put_back
     put_back(published.FixedImages)
     case, rays = CASES["one size"], 500
     own = torch.tensor(case.ids).repeat_interleave(rays // 5)
-    sampler, batch = make_sampler(rays=rays, reinit_share=0.3, uniform_share=0.2), case.batch()
+    sampler, batch = make_sampler(rays=rays, reinit_fraction=0.3, uniform_fraction=0.2), case.batch()
     for step in range(20):
         mining = sampler.sample(batch)[BATCH_KEY]
         assert torch.equal(mining.indices[:, 0], own)
@@ -34,7 +33,7 @@ def test_each_chain_stays_in_its_image_and_uniform_rays_are_in_the_last(put_back
 def test_fixed_chains_start_anew_from_the_edges_of_their_own_images(put_back):
     put_back(published.FixedImages)
     case, rays = CASES["one size"], 2000
-    sampler, batch = make_sampler(rays=rays, reinit_share=1.0, uniform_share=0.0), case.batch()
+    sampler, batch = make_sampler(rays=rays, reinit_fraction=1.0, uniform_fraction=0.0), case.batch()
     drawn = []
     for step in range(12):
         mining = sampler.sample(batch)[BATCH_KEY]
@@ -49,7 +48,7 @@ def test_fixed_chains_start_anew_from_the_edges_of_their_own_images(put_back):
 
 def test_chains_of_the_lowest_weighted_loss_start_anew(put_back):
     put_back(published.RankedByLoss)
-    sampler, batch = make_sampler(rays=200, reinit_share=0.25, noise=0.0, drift=0.0), CASES["one size"].batch()
+    sampler, batch = make_sampler(rays=200, reinit_fraction=0.25, noise=0.0, drift=0.0), CASES["one size"].batch()
     mining = feed(sampler.sample(batch)[BATCH_KEY])
     order = torch.randperm(180, generator=seeded(1))
     mining.weighted_error.data[:180] = torch.arange(1.0, 181.0)[order]
@@ -60,7 +59,7 @@ def test_chains_of_the_lowest_weighted_loss_start_anew(put_back):
 
 
 def test_steps_are_isotropic_in_the_unit_square():
-    sampler = make_sampler(rays=20_000, reinit_share=0.0, uniform_share=0.0, noise=1e-3)
+    sampler = make_sampler(rays=20_000, reinit_fraction=0.0, uniform_fraction=0.0, noise=1e-3)
     case = Case(((40, 160),), ids=(3,))
     with published._isotropic():
         mining = sampler.sample(case.batch())[BATCH_KEY]

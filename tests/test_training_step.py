@@ -18,8 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from nerfstudio_softmining import methods
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY
-from nerfstudio_softmining.sampling.sampler import STRATEGIES
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, STRATEGIES
 
 KINDS = ("uniform", *STRATEGIES)
 

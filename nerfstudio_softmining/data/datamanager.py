@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
-from nerfstudio_softmining.sampling.sampler import MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.samplers.base import MiningBatch
 
 RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
 """Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect
@@ -62,6 +62,7 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         if torch.device(device).type == "cpu":
             compat.prepare_cpu()
         self._mining_batch: MiningBatch | None = None
+        self._model: Any = None
         self._loss_scale: Tensor | None = None
         self._random_state: dict | None = None
         try:
@@ -83,7 +84,7 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
         if isinstance(sampler, MiningPixelSampler):
-            sampler.num_images = len(dataset)
+            return MiningPixelSampler(sampler.config, len(dataset), self._importance, **sampler.kwargs)
         return sampler
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
@@ -126,10 +127,16 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         rays.pixel_area = rays.pixel_area.detach()
         return rays, coords
 
+    def _importance(self, indices: Tensor) -> Tensor:
+        """Evaluate Q of given pixels [rays, 3] with the model as it is."""
+        model = self._model
+        parts = indices.split(model.config.eval_num_rays_per_chunk)
+        return torch.cat([model.importance(*self._rays_at(part)) for part in parts])
+
     def _rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
         """Rays of given pixels [rays, 3], and what they should show."""
         assert isinstance(self.train_pixel_sampler, MiningPixelSampler)
-        return self.train_ray_generator(indices), self.train_pixel_sampler.at(indices)
+        return self.train_ray_generator(indices), self.train_pixel_sampler.batch_at(indices)
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
@@ -138,14 +145,8 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         scaler = training_callback_attributes.grad_scaler
         self._loss_scale = compat.loss_scale(scaler)
         sampler, pipeline = self.train_pixel_sampler, training_callback_attributes.pipeline
-        if isinstance(sampler, MiningPixelSampler) and pipeline is not None:
-            model: Any = pipeline.model  # a SoftMiningMixin, which the mixin itself makes sure of
-
-            def evaluate(indices: Tensor) -> Tensor:
-                parts = indices.split(model.config.eval_num_rays_per_chunk)
-                return torch.cat([model.importance(*self._rays_at(part)) for part in parts])
-
-            sampler.evaluate = evaluate
+        if pipeline is not None:
+            self._model = pipeline.model  # a SoftMiningMixin, which the mixin itself makes sure of
 
         def update_sampler(step: int) -> None:
             before, self._loss_scale = self._loss_scale, compat.loss_scale(scaler)

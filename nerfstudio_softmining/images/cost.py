@@ -67,7 +67,7 @@ def timed_step(fit: Fit) -> list[float]:
     marks.append(_now())
     fit.optimise()
     marks.append(_now())
-    fit.learn(batch, position)
+    fit.update(batch, position)
     marks.append(_now())
     return np.diff(marks).tolist()
 

@@ -27,7 +27,7 @@ from nerfstudio_softmining import compat
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
-from nerfstudio_softmining.mining import edges
+from nerfstudio_softmining.mining import priors
 
 SMALL = 1e-3
 """Added to an error before its logarithm is taken."""
@@ -75,9 +75,9 @@ def main(forecast: Forecast) -> None:
     device = photo.values.device
     pixels = torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
     before = {
-        "detail (difference from the 3 x 3 around)": edges.laplacian(photo.values) + 3 * SMALL,
-        "Sobel's edges": edges.sobel(photo.values) + 3 * SMALL,
-        "deviation in the 3 x 3 around": edges.local_deviation(photo.values) + 3 * SMALL,
+        "detail (difference from the 3 x 3 around)": priors.laplacian(photo.values) + 3 * SMALL,
+        "Sobel's edges": priors.sobel(photo.values) + 3 * SMALL,
+        "deviation in the 3 x 3 around": priors.local_deviation(photo.values) + 3 * SMALL,
     }
     last, when = torch.zeros(height * width, device=device), torch.full((height * width,), -1, device=device)
     columns: dict[str, list[str]] = {}

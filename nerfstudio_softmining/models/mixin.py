@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.data.datamanager import RAY_OFFSETS, SoftMiningDataManager
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
-from nerfstudio_softmining.sampling.loss import SoftMinedLoss, WeightBy
-
+from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
+from nerfstudio_softmining.samplers.base import MiningBatch
 
 
 @dataclass
@@ -83,7 +83,7 @@ class SoftMiningMixin(Model):
         """
         state, was_training = self.get_extra_state(), self.training
         count = len(batch["indices"])
-        mining = MiningBatch(batch["indices"], torch.ones(count), num_uniform=count, reweighted=False)
+        mining = MiningBatch(batch["indices"], torch.ones(count), None, count, importance_weighted=False)
         try:
             self.train()
             with compat.fork_random_state():

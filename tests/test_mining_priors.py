@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nerfstudio_softmining.mining import edges
-from nerfstudio_softmining.mining.edges import laplacian, local_deviation, sobel
+from nerfstudio_softmining.mining import priors
+from nerfstudio_softmining.mining.priors import laplacian, local_deviation, sobel
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 KERNEL = ((-1, 0, 1), (-2, 0, 2), (-1, 0, 1))
@@ -154,5 +154,5 @@ def test_a_slope_has_no_detail_within():
 def test_images_that_are_looked_at_in_parts_give_the_same(function, band, monkeypatch):
     image = torch.rand(11, 17, 3, generator=torch.Generator().manual_seed(0))
     whole = function(image)
-    monkeypatch.setattr(edges, "BAND", band)
+    monkeypatch.setattr(priors, "BAND", band)
     assert torch.equal(function(image), whole)

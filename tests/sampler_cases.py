@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from nerfstudio_softmining.mining import density as dens
-from nerfstudio_softmining.mining.edges import laplacian, sobel
-from nerfstudio_softmining.mining.langevin import Pool
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
-from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.mining.priors import laplacian, sobel
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.samplers.base import DensitySampler, MiningBatch
+from nerfstudio_softmining.samplers.cells import PixelDensity
+from nerfstudio_softmining.samplers.images import PixelSamples
 
 NUM_IMAGES = 9
 CACHED = (7, 2, 5, 0, 4)
@@ -114,7 +116,7 @@ class Case:
         cells, kept = self.cells(side), self.uniform() > 0
         sums = torch.zeros(int(cells.max()) + 1).index_add_(0, cells, (weight * self.mass()).float())
         count = torch.zeros(len(sums)).double().index_add_(0, cells, kept.double())
-        code = dens.weight(dens.encode(sums / side**2)).double()
+        code = dens.integer_weight(dens.encode(sums / side**2)).double()
         density = torch.where(kept, (code / count)[cells], 0.0)
         return density / density.sum()
 
@@ -159,18 +161,17 @@ CASES = {
 EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-KINDS: dict[str, dict] = {
-    "uniform": {},
-    "edge": {},
-    "langevin": {},
+QUICK = {
     "multinomial": dict(refresh=3),
     "error-map": dict(interval=2),
     "quadtree": dict(reduction=8),
     "detail": dict(interval=2, tile=1),
 }
-"""All kinds of sampler, with settings that change maps within a few steps."""
-MAPPED = [kind for kind in KINDS if kind not in ("uniform", "langevin")]
-EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+"""Settings that change maps within a few steps."""
+MINED = [kind for kind, spec in SPECS.items() if not spec.sampler.is_uniform]
+MAPPED = [kind for kind in MINED if issubclass(SPECS[kind].sampler, DensitySampler)]
+EACH_KIND = pytest.mark.parametrize("kind", SPECS)
+EACH_MINED = pytest.mark.parametrize("kind", MINED)
 EACH_MAP = pytest.mark.parametrize("kind", MAPPED)
 
 
@@ -185,18 +186,35 @@ def make_config(kind: str = "langevin", rays: int = 64, **settings) -> MiningPix
     own = {f.name for f in fields(MiningPixelSamplerConfig)} & settings.keys()
     group = {name: value for name, value in settings.items() if name not in own}
     config = MiningPixelSamplerConfig(kind=kind, num_rays_per_batch=rays, **{name: settings[name] for name in own})
-    if kind in STRATEGIES:
-        config = replace(config, **{kind.replace("-", "_"): replace(config.of_kind(kind), **group)})
-    return config
+    return replace(config, **{SPECS[kind].field: replace(config.config_for(kind), **group)})
 
 
 def make_sampler(
-    rays: int = 64, num_images: int = NUM_IMAGES, seed: int = 0, kind: str = "langevin", **settings
+    rays: int = 64,
+    num_images: int = NUM_IMAGES,
+    seed: int = 0,
+    kind: str = "langevin",
+    importance: Callable[[Tensor], Tensor] = q_of,
+    **settings,
 ) -> MiningPixelSampler:
     torch.manual_seed(seed)
-    sampler = make_config(kind, rays, **settings).setup()
-    sampler.num_images, sampler.training, sampler.evaluate = num_images, True, q_of
+    sampler = make_config(kind, rays, **settings).setup(num_images=num_images, importance=importance)
+    sampler.training = True
     return sampler
+
+
+def density_of(sampler: MiningPixelSampler) -> PixelDensity | None:
+    """The density that the sampler draws from now."""
+    return sampler.run.sampler.density(sampler.run.state)
+
+
+def chains_of(sampler: MiningPixelSampler) -> PixelSamples:
+    return PixelSamples(*sampler.run.state.chains)
+
+
+def replace_chains(sampler: MiningPixelSampler, **fields) -> None:
+    state = sampler.run.state
+    sampler.run.state = state._replace(chains=state.chains._replace(**fields))
 
 
 def feed(
@@ -261,15 +279,13 @@ def assert_true_colours(batch: dict, rays: dict) -> None:
             assert torch.equal(rays[key], torch.stack(expected))
 
 
-def same(a: Pool, b: Pool) -> bool:
-    """Bit for bit, NaN included."""
-    return all(
-        x.dtype == y.dtype and torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)) for x, y in zip(a, b, strict=True)
-    )
+def same(a: tuple, b: tuple) -> bool:
+    """Whether two records are the same bit for bit."""
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def copy(pool: Pool) -> Pool:
-    return Pool(*(part.clone() for part in pool))
+def copy(record: tuple):
+    return type(record)(*(part.clone() for part in record))
 
 
 def through_a_file(state: dict) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from dataclasses import fields, is_dataclass
+from typing import get_type_hints
 
 import cv2
 import numpy as np
@@ -13,22 +13,24 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
-from sampling_cases import (
+from sampler_cases import (
     BATCH_KEY,
     CASES,
     EACH_CASE,
     EACH_KIND,
     EACH_MAP,
+    EACH_MINED,
     INF,
-    KINDS,
     MAPPED,
+    MINED,
     NAN,
     ONE_SIZE,
+    QUICK,
     SIZES,
     Case,
     assert_true_colours,
+    density_of,
     feed,
     follows,
     make_config,
@@ -46,29 +48,18 @@ from torch.utils._pytree import tree_leaves
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import density as dens
-from nerfstudio_softmining.mining.edges import laplacian
-from nerfstudio_softmining.mining.langevin import Pool
-from nerfstudio_softmining.sampling import error_map
-from nerfstudio_softmining.sampling.active import ROOM, SCALE
-from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.mining.priors import laplacian
+from nerfstudio_softmining.plugin.pixel_sampler import SPECS, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.samplers import error_map
+from nerfstudio_softmining.settings import Interval
 
 BYTE = math.log(2) * dens.OCTAVES / 254
 """Logarithm of the factor from one byte to the next."""
 LARGE = Case(((32, 48), (40, 40), (64, 33)), masked=True, ids=(6, 1, 3))
-PLANE, FOCAL = 10.0, 20.0
-
-
-def make_cameras(num: int = 9, height: int = 10, width: int = 14) -> Cameras:
-    """Cameras in a row that look at a plane: a pixel of one is seen two columns further left by the next."""
-    pose = torch.eye(4)[:3].repeat(num, 1, 1)
-    pose[:, 0, 3] = 2 * PLANE / FOCAL * torch.arange(num)
-    return Cameras(pose, FOCAL, FOCAL, width / 2, height / 2, width, height)
 
 
 def prepared(kind: str, case: Case, rays: int = 64, seed: int = 0, **changes) -> MiningPixelSampler:
-    sampler = make_sampler(rays, kind=kind, seed=seed, **KINDS[kind] | case.settings | changes)
-    sampler.cameras = make_cameras()
-    return sampler
+    return make_sampler(rays, kind=kind, seed=seed, **QUICK.get(kind, {}) | case.settings | changes)
 
 
 def step(sampler: MiningPixelSampler, batch: dict, applied: Tensor | bool = True) -> dict:
@@ -87,12 +78,11 @@ def trained(kind: str, case: Case, rays: int = 200, steps: int = 7, **changes) -
 
 def claimed(sampler: MiningPixelSampler, case: Case, mixed: bool = False) -> Tensor:
     """Probability that the map gives each pixel of the cache, in a row; mixed with the uniform share if asked for."""
-    strategy, pixels, kept = sampler.strategy, case.pixels(), case.uniform() > 0
-    assert strategy.map is not None
+    pixels, kept, images = case.pixels(), case.uniform() > 0, sampler.run.sampler.images
     relative = torch.zeros(len(pixels)).double()
-    pool = Pool(pixels[kept][:, 0], pixels[kept][:, 1:] + 0.5, torch.ones(int(kept.sum())))
-    relative[kept] = strategy.map.density(pool).double()
-    share = getattr(strategy.config, "uniform_share", 0.0) if mixed else 0.0
+    samples = images.as_samples(pixels[kept][:, 0], pixels[kept][:, 1:] + 0.5)
+    relative[kept] = density_of(sampler).density_ratio(samples).double()
+    share = getattr(sampler.run.sampler.config, "uniform_fraction", 0.0) if mixed else 0.0
     return (share + (1 - share) * relative) * case.uniform()
 
 
@@ -112,7 +102,7 @@ def tensors(thing, seen: set | None = None) -> list[Tensor]:
     if isinstance(thing, Tensor):
         return [thing]
     if isinstance(thing, dict):
-        parts = [part for key, part in thing.items() if key not in ("values", "_mask", "surroundings", "generator")]
+        parts = [part for key, part in thing.items() if key not in ("values", "_mask", "context", "generator")]
     elif isinstance(thing, list | tuple):
         parts = list(thing)
     else:
@@ -132,11 +122,10 @@ def nonsense(mining, seed: int):
     values = torch.tensor([0.0, 1e-30, 0.1, 1.0, 1e9, INF, NAN])
     count = len(mining.indices)
     feed(mining, wild(count, seed), values[torch.randint(len(values), (count,), generator=seeded(seed))], seed)
-    mining.depth = values[torch.randint(len(values), (count,), generator=seeded(seed + 1))]
     return mining
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_MINED
 @EACH_CASE
 def test_rays_stay_on_kept_pixels_and_show_their_colours_whatever_the_feedback(kind, case):
     batch, sampler, kept = case.batch(), prepared(kind, case), case.uniform() > 0
@@ -145,14 +134,14 @@ def test_rays_stay_on_kept_pixels_and_show_their_colours_whatever_the_feedback(k
         assert len(rays["indices"]) == len(rays["image"]) == 64
         assert kept[case.place(rays["indices"])].all()
         assert_true_colours(case.batch(), rays)
-        density = rays[BATCH_KEY].density
-        assert (density > 0).logical_or(density.isnan() if kind == "langevin" else torch.tensor(False)).all()
-        assert density.isinf().sum() == 0
+        density = rays[BATCH_KEY].density_ratio
+        assert (density > 0).all() and density.isfinite().all()
+        assert kind == "langevin" or not rays[BATCH_KEY].follows_importance.any()
         applied = number % 3 > 0
         sampler.update(nonsense(rays[BATCH_KEY], number), torch.tensor(applied) if number % 2 else applied)
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_MINED
 @pytest.mark.parametrize("applied", [False, torch.tensor(False)])
 def test_a_step_that_was_not_applied_teaches_nothing(kind, applied):
     changes = {"error-map": dict(interval=3), "detail": dict(interval=3), "quadtree": dict(reduction=1)}.get(kind, {})
@@ -168,8 +157,10 @@ def test_a_step_that_was_not_applied_teaches_nothing(kind, applied):
 
 def learnt(sampler) -> dict:
     """The state of a strategy, without starts that langevin has drawn in advance and errors that detail will ignore."""
-    state = {name: value for name, value in sampler.strategy.state_dict().items() if name != "starts"}
-    return state | {"heard": [error for _, error in state.get("heard", []) if not error.isnan().all()]}
+    state = sampler.run.state_dict()
+    fields = {name: value for name, value in state["state"].items() if name != "reserve"}
+    pending = [part for part in fields.get("pending", []) if not part["error"].isnan().all()]
+    return {**fields, "pending": pending, "by_image": state["by_image"]}
 
 
 @EACH_MAP
@@ -179,11 +170,10 @@ def test_rays_follow_the_density_that_they_say(kind, case):
     density = claimed(sampler, case, mixed=True)
     assert abs(density.sum() - 1) < 1e-4
     assert (density - case.uniform()).abs().sum() > 0.1  # or this would be no test
-    rays, _ = sampler.strategy.draw(20_000)
-    indices = torch.cat((rays.chart[:, None], rays.position.long()), dim=-1)
-    assert follows(case, indices, density / density.sum())
-    place = case.place(indices)
-    torch.testing.assert_close(rays.density.double(), (density / case.uniform())[place], rtol=1e-4, atol=0)
+    rays = sampler.run.draw(20_000).pixels
+    assert follows(case, rays.indices, density / density.sum())
+    place = case.place(rays.indices)
+    torch.testing.assert_close(rays.density_ratio.double(), (density / case.uniform())[place], rtol=1e-4, atol=0)
 
 
 @EACH_CASE
@@ -195,8 +185,8 @@ def test_multinomial_rays_follow_importance_exactly(case):
 @pytest.mark.parametrize("name", ["list", "masked fisheye", "masked equirectangular list"])
 def test_multinomial_cells_have_the_importance_of_one_pixel_each(name):
     case, asked = CASES[name], []
-    sampler = prepared("multinomial", case, side=3)
-    sampler.evaluate = lambda indices: (asked.append(indices), q_of(indices))[1]
+    evaluate = lambda indices: (asked.append(indices), q_of(indices))[1]  # noqa: E731
+    sampler = prepared("multinomial", case, side=3, importance=evaluate)
     sampler.sample(case.batch())
     cells, kept = case.cells(3), case.uniform() > 0
     place = case.place(asked[0])
@@ -227,16 +217,16 @@ def test_multinomial_evaluates_all_kept_pixels_at_each_refresh_and_nothing_betwe
 @pytest.mark.parametrize("value", [0.0, 1.0, NAN, INF])
 def test_multinomial_survives_importance_that_is_none_or_nonsense(value):
     case = Case()
-    sampler = prepared("multinomial", case)
-    sampler.evaluate = lambda indices: torch.where(indices[:, 2] < 7, q_of(indices), value)
+    sampler = prepared(
+        "multinomial", case, importance=lambda indices: torch.where(indices[:, 2] < 7, q_of(indices), value)
+    )
     rays = sampler.sample(case.batch())
-    assert rays[BATCH_KEY].density.isfinite().all() and (rays[BATCH_KEY].density > 0).all()
+    assert rays[BATCH_KEY].density_ratio.isfinite().all() and (rays[BATCH_KEY].density_ratio > 0).all()
     if not math.isfinite(value):
         density = q_of(case.pixels()) * (case.pixels()[:, 2] < 7)
         torch.testing.assert_close(claimed(sampler, case), (density / density.sum()).double())
-    sampler = prepared("multinomial", case)
-    sampler.evaluate = lambda indices: torch.full((len(indices),), value)
-    assert (sampler.sample(case.batch())[BATCH_KEY].density == 1).all()
+    sampler = prepared("multinomial", case, importance=lambda indices: torch.full((len(indices),), value))
+    assert (sampler.sample(case.batch())[BATCH_KEY].density_ratio == 1).all()
 
 
 def edge_law(case: Case, shift: int) -> Tensor:
@@ -261,23 +251,28 @@ def edge_law(case: Case, shift: int) -> Tensor:
 @pytest.mark.parametrize(("side", "shift"), [(1, 2), (2, 2), (2, 0), (3, 1)])
 @EACH_CASE
 def test_edge_rays_follow_shifted_canny_edges(case, side, shift):
-    sampler = trained("edge", case, steps=1, cell_side=side, shift=shift)
+    sampler = trained("edge", case, steps=1, cell_size=side, shift=shift)
     assert_close(claimed(sampler, case), case.evened(edge_law(case, shift), side), 0.1)
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
-@pytest.mark.parametrize("reweighted", [False, True])
-def test_rays_are_weighed_by_their_density_if_the_settings_say_so(kind, reweighted):
-    assert prepared(kind, Case(), reweighted=reweighted).sample(Case().batch())[BATCH_KEY].reweighted == reweighted
+@EACH_MINED
+@pytest.mark.parametrize("importance_weighted", [False, True])
+def test_rays_are_weighted_by_their_density_if_the_settings_say_so(kind, importance_weighted):
+    assert (
+        prepared(kind, Case(), importance_weighted=importance_weighted)
+        .sample(Case().batch())[BATCH_KEY]
+        .importance_weighted
+        == importance_weighted
+    )
 
 
-def test_the_uniform_share_is_that_of_the_settings():
+def test_the_uniform_fraction_is_that_of_the_settings():
     for share, number in ((0.0, 0), (0.25, 16), (1.0, 64)):
         for kind in ("edge", "multinomial", "langevin"):
-            mining = trained(kind, Case(), 64, 1, uniform_share=share).sample(Case().batch())[BATCH_KEY]
+            mining = trained(kind, Case(), 64, 1, uniform_fraction=share).sample(Case().batch())[BATCH_KEY]
             assert mining.num_uniform == number
             bound = 1 / share if share else INF
-            assert not (mining.density > bound + 1e-3).any()
+            assert not (mining.density_ratio > bound + 1e-3).any()
 
 
 def error_map_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -314,14 +309,14 @@ def test_error_maps_hold_the_error_of_the_last_interval(name):
     sampler, batch, told, lengths = prepared("error-map", case, 30, interval=3), case.batch(), [], []
     for number in range(3 + 4 + 6):
         rays = sampler.sample(batch)
-        mining, before = rays[BATCH_KEY], sampler.strategy.map
-        assert (before is None) == (number < 3) and ((mining.density == 1).all() or number >= 3)
+        mining, before = rays[BATCH_KEY], density_of(sampler)
+        assert (before is None) == (number < 3) and ((mining.density_ratio == 1).all() or number >= 3)
         feed(mining, importance=q_of(rays["indices"]))
         mining.error[number] = (NAN, INF)[number % 2]
         sampler.update(mining, number % 3 > 0)
         if number % 3 > 0:
-            told.append((mining.indices, mining.error.double() / mining.density))
-        if sampler.strategy.map is not before:
+            told.append((mining.indices, mining.error.double() / mining.density_ratio))
+        if density_of(sampler) is not before:
             lengths.append(number + 1 - sum(lengths))
             side = int((lengths[-1] * 30 / len(case.ids)) ** 0.25 * 3.5)
             torch.testing.assert_close(claimed(sampler, case), error_map_law(case, side, told), rtol=1e-3, atol=1e-7)
@@ -334,11 +329,11 @@ def test_error_map_cells_are_small_where_all_their_pixels_are_looked_at():
     batch = {"image": torch.zeros(1, 20, 900, 3), "image_idx": torch.tensor([0]), "mask": torch.ones(1, 20, 900, 1)}
     sampler = prepared("error-map", Case(), 4, interval=1)
     step(sampler, batch)
-    assert sampler.strategy.map.grid.side <= error_map.LARGEST_CELL
+    assert density_of(sampler).grid.cell_size <= error_map.MAX_CELL_SIZE
     del batch["mask"]
     sampler = prepared("error-map", Case(), 4, interval=1)
     step(sampler, batch)
-    assert sampler.strategy.map.grid.side > error_map.LARGEST_CELL
+    assert density_of(sampler).grid.cell_size > error_map.MAX_CELL_SIZE
 
 
 def detail_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]], trust: float, power: float) -> Tensor:
@@ -367,7 +362,7 @@ def detail_law(case: Case, side: int, told: list[tuple[Tensor, Tensor]], trust: 
 @pytest.mark.parametrize("side", [1, 2])
 @EACH_CASE
 def test_detail_rays_follow_detail_and_then_the_error_of_tiles(case, side):
-    settings = dict(cell_side=side, interval=3, trust=2.0, correction=1.5)
+    settings = dict(cell_size=side, interval=3, prior_strength=2.0, error_exponent=1.5)
     sampler, batch, told = prepared("detail", case, 100, **settings), case.batch(), []
     static, kept = case.detail(side), case.uniform() > 0
     for number in range(3):
@@ -386,13 +381,13 @@ def test_detail_rays_follow_detail_and_then_the_error_of_tiles(case, side):
 
 def test_corrections_of_detail_have_growing_intervals_and_forget():
     case = Case(((40, 40),), ids=(0,))
-    sampler, batch, lengths = prepared("detail", case, 400, interval=4, cell_side=1), case.batch(), []
+    sampler, batch, lengths = prepared("detail", case, 400, interval=4, cell_size=1), case.batch(), []
     left = case.pixels()[:, 2] < 20
     for number in range(60):
-        rays, before = sampler.sample(batch), sampler.strategy.map
+        rays, before = sampler.sample(batch), density_of(sampler)
         bright = (rays["indices"][:, 2] < 20) == (number < 20)
         sampler.update(feed(rays[BATCH_KEY], importance=torch.where(bright, 0.5, 0.1)), True)
-        if sampler.strategy.map is not before:
+        if density_of(sampler) is not before:
             lengths.append(number + 1 - sum(lengths))
             share = claimed(sampler, case)[left].sum()
             assert share > 0.6 or number > 20
@@ -402,7 +397,7 @@ def test_corrections_of_detail_have_growing_intervals_and_forget():
 def test_every_batch_of_detail_has_its_share_of_each_part_of_the_images():
     """Although the batches until the next correction are drawn together, and whatever their size."""
     case = Case(((60, 40),), ids=(0,))
-    sampler, batch = prepared("detail", case, interval=8, cell_side=1, tile=4), case.batch()
+    sampler, batch = prepared("detail", case, interval=8, cell_size=1, tile=4), case.batch()
     sizes, seen = [200] * 5 + [101] * 3 + [200] * 10, []
     for count in sizes:
         sampler.set_num_rays_per_batch(count)
@@ -412,7 +407,7 @@ def test_every_batch_of_detail_has_its_share_of_each_part_of_the_images():
             by_map = rays["indices"][: count - rays[BATCH_KEY].num_uniform]
             assert abs((by_map[:, 1] < top).sum() - share * len(by_map)) < 3
         known = (0.1 + 0.9 * density / case.uniform())[case.place(rays["indices"])]
-        torch.testing.assert_close(rays[BATCH_KEY].density.double(), known, rtol=0.02, atol=0)
+        torch.testing.assert_close(rays[BATCH_KEY].density_ratio.double(), known, rtol=0.02, atol=0)
         seen.append(rays["indices"])
         sampler.update(feed(rays[BATCH_KEY], importance=q_of(rays["indices"])), True)
     assert not torch.equal(seen[0], seen[1])
@@ -447,7 +442,7 @@ def importance_of_corner(indices: Tensor) -> Tensor:
 
 
 def test_quadtrees_divide_leaves_of_high_error_and_draw_the_others_rarely():
-    options = dict(initial_depth=1, reduction=8, threshold=0.1, settled_rays=2.0, contrast_share=0.0)
+    options = dict(initial_depth=1, reduction=8, threshold=0.1, settled_rays=2.0, contrast_fraction=0.0)
     sampler, batch = prepared("quadtree", FOREST, 500, **options), FOREST.batch()
     depth = torch.ones(len(FOREST.pixels())).long()
     deepest = torch.cat([torch.full((h * w,), int(math.log2(min(h, w) // 8))) for h, w in FOREST.sizes])
@@ -489,7 +484,7 @@ def deviation(image: Tensor) -> Tensor:
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_within_a_leaf_quadtree_rays_follow_contrast(share):
     case = Case(((32, 32), (16, 48)), ids=(2, 0), masked=True)
-    sampler = prepared("quadtree", case, initial_depth=1, contrast_share=share)
+    sampler = prepared("quadtree", case, initial_depth=1, contrast_fraction=share)
     sampler.sample(case.batch())
     kept, cells = (case.uniform() > 0).double(), case.cells(2)
     contrast = torch.cat([deviation(image).flatten() for image in case.shown()]) * kept
@@ -505,128 +500,23 @@ def test_within_a_leaf_quadtree_rays_follow_contrast(share):
     assert_close(claimed(sampler, case), law / law.sum(), 1.3)
 
 
-def one_pixel_each(case: Case) -> Tensor:
-    """For each pixel, one that is the same for all pixels of its cell of 2 x 2."""
-    cells = case.cells(2)
-    last = torch.zeros(int(cells.max()) + 1).long()
-    last[cells] = torch.arange(len(cells))
-    return case.pixels()[last[cells]]
-
-
-@pytest.mark.parametrize(
-    ("case", "steps"),
-    [(Case(((16, 16),) * 3, ids=(2, 0, 1)), 1.4), (Case(((15, 17), (16, 9)), masked=True, ids=(2, 4)), 1.7)],
-    ids=["whole cells", "cut cells"],
-)
-@pytest.mark.parametrize("staleness", [0.0, 1.0, 2.5])
-def test_active_rays_follow_error_and_staleness_however_often_weights_are_raised(case, steps, staleness):
-    sampler, batch = prepared("active", case, 20, spread=0, staleness=staleness), case.batch()
-    cells, cell_mates, now, raised = case.cells(2), one_pixel_each(case), 0, 0
-    mass = torch.zeros(int(cells.max()) + 1).double().index_add_(0, cells, case.mass())
-    num_cells = len(mass)
-    error, last = torch.full((num_cells,), NAN).double(), torch.zeros(num_cells)
-    for number in range(100):
-        rays = sampler.sample(batch)
-        place = case.place(rays["indices"])
-        importance, visited = q_of(cell_mates[place]) * (1 + 0.5 * math.sin(number)), cells[place]
-        assert (mass[visited] > 0).all()
-        if number == 0:
-            assert (rays[BATCH_KEY].density == 1).all()
-            error[:] = importance.mean()
-        error[visited], last[visited] = importance.double(), now
-        before = sampler.strategy._sunk
-        sampler.update(feed(rays[BATCH_KEY], importance=importance))
-        now, raised = now + 20, raised + (sampler.strategy._sunk < before)
-        law = (error * (staleness * (now - last) / num_cells).exp())[cells] * case.mass()
-        assert_close(claimed(sampler, case), law / law.sum(), steps)
-    assert raised >= 2 or staleness == 0
-
-
-def test_raising_all_weights_does_not_change_the_density():
-    case = Case(((16, 16),) * 3, ids=(2, 0, 1))
-    sampler, batch = trained("active", case, 20, 5), case.batch()
-    before, codes = claimed(sampler, case), sampler.strategy.map.table.codes.clone()
-    sampler.strategy._sunk = ROOM - 1e-6
-    sampler.update(feed(sampler.sample(batch)[BATCH_KEY], importance=torch.full((20,), NAN)))
-    assert torch.equal(sampler.strategy.map.table.codes, codes + ROOM)
-    torch.testing.assert_close(claimed(sampler, case), before, rtol=1e-3, atol=0)
-
-
-def views_of(case: Case, cells: Tensor, image: int, row: int, column: int) -> set[int]:
-    """Cells that see the point of the plane that a pixel sees."""
-    width, kept, seeing = case.sizes[0][1], case.uniform() > 0, set()
-    for other in case.ids:
-        there = column + 2 * (image - other)
-        if 0 <= there < width:
-            place = case.place(torch.tensor([[other, row, there]]))
-            seeing |= {cells[place].item()} if kept[place] else set()
-    return seeing
-
-
-@pytest.mark.parametrize("name", ["one size", "mask", "fisheye"])
-@pytest.mark.parametrize("spread", [0, 1, 80])
-def test_active_carries_the_loss_of_a_ray_to_the_cells_of_other_views_that_see_its_surface(name, spread):
-    case = CASES[name]
-    sampler, batch = prepared("active", case, 30, spread=spread), case.batch()
-    rays = sampler.sample(batch)
-    mining = feed(rays[BATCH_KEY], importance=torch.full((30,), NAN))
-    cells = case.cells(2)
-    own = cells[case.place(mining.indices)].tolist()
-    seeing = [views_of(case, cells, *place) for place in mining.indices.tolist()]
-    ray = max((n for n in range(30) if own.count(own[n]) == 1), key=lambda n: len(seeing[n]))
-    mining.importance[ray] = 0.3
-    bundle = make_cameras().generate_rays(mining.indices[:, :1], coords=mining.indices[:, 1:] + 0.5)
-    mining.origins, mining.directions = bundle.origins, bundle.directions
-    mining.depth = -PLANE / bundle.directions[:, 2]
-    sampler.update(mining)
-
-    guess, carried = dens.encode(torch.tensor((29 + 0.3) / 30 * SCALE)), dens.encode(torch.tensor(0.3 * SCALE))
-    views = seeing[ray] - {*own} | {own[ray]}  # other rays' cells keep what these have said
-    error = sampler.strategy.error
-    changed = set((error != guess).nonzero()[:, 0].tolist())
-    assert (error[list(changed)] == carried).all() and own[ray] in changed and changed <= views
-    assert len(views) > 2 and {0: len(changed) == 1, 1: len(changed) <= 2, 80: changed == views}[spread]
-    # nothing was stale yet, so that weights are errors times masses
-    law = torch.tensor([0.3 if cell in changed else (29 + 0.3) / 30 for cell in cells.tolist()]) * case.uniform()
-    assert_close(claimed(sampler, case), law / law.sum(), 1.7)
-
-
-def test_what_is_carried_over_leaves_cells_as_stale_as_they_are():
-    case = Case(((16, 16),) * 3, ids=(2, 0, 1))
-    sampler, batch = trained("active", case, 20, 8, spread=0, staleness=3.0), case.batch()
-    strategy, mining = sampler.strategy, feed(sampler.sample(batch)[BATCH_KEY])
-    sampler.config.active.spread, strategy._spreads = 50, True
-    strategy.surroundings.cameras = make_cameras(3, 16, 16)
-    bundle = strategy.surroundings.cameras.generate_rays(mining.indices[:, :1], coords=mining.indices[:, 1:] + 0.5)
-    mining.origins, mining.directions = bundle.origins, bundle.directions
-    mining.depth = -PLANE / bundle.directions[:, 2]
-    staleness = strategy.map.table.codes.int() - strategy.error.int()
-    sampler.update(mining)
-    visited = strategy.grid.cell_of(strategy.pixels.slot[mining.indices[:, 0]], mining.indices[:, 1:])
-    others = torch.ones(len(staleness)).bool().index_fill_(0, visited, False)
-    after = strategy.map.table.codes.int() - strategy.error.int()
-    assert torch.equal(after[others], staleness[others]) and staleness.max() > staleness.min()
-    assert (after[visited] == after[visited].min()).all() and (after[visited] < staleness[visited]).all()
-
-
 @EACH_MAP
 def test_where_nothing_stands_out_rays_are_nearly_uniform(kind):
     case = Case(((70, 70),) * 2, ids=(0, 1))
     batch = case.batch() | {"image": torch.full((2, 70, 70, 3), 0.3)}
-    changes = {"error-map": dict(interval=20), "active": dict(staleness=0.0)}.get(kind, {})
-    sampler = prepared(kind, case, 1000, **changes)
-    sampler.evaluate = lambda indices: torch.full((len(indices),), 0.5)
+    changes = {"error-map": dict(interval=20)}.get(kind, {})
+    sampler = prepared(kind, case, 1000, importance=lambda indices: torch.full((len(indices),), 0.5), **changes)
     for _ in range(22):
         rays = sampler.sample(batch)
         sampler.update(feed(rays[BATCH_KEY], importance=torch.full((1000,), 0.5)))
-        density = rays[BATCH_KEY].density
+        density = rays[BATCH_KEY].density_ratio
     if kind == "error-map":  # as noisy as the number of rays in its cells
         assert (density - 1).abs().mean() < 0.25 and density.max() < 2
     else:
         torch.testing.assert_close(density, torch.ones(1000))
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_MINED
 @pytest.mark.parametrize("first", [1, 3, 4])
 def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_anything(kind, first):
     case, changes = (LARGE, dict(initial_depth=0, threshold=0.3)) if kind == "quadtree" else (CASES["masked list"], {})
@@ -640,13 +530,13 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_anything(kind, fir
     resumed = train(other, case.batch(), 6, first=first)
     for ours, theirs in zip(resumed, expected, strict=True):
         assert torch.equal(ours["indices"], theirs["indices"]) and torch.equal(ours["image"], theirs["image"])
-        assert torch.equal(ours[BATCH_KEY].density.nan_to_num(-1), theirs[BATCH_KEY].density.nan_to_num(-1))
+        assert torch.equal(ours[BATCH_KEY].density_ratio, theirs[BATCH_KEY].density_ratio)
     assert same_tensors(other.state_dict(), sampler.state_dict())
 
 
 @EACH_KIND
 def test_a_checkpoint_of_another_kind_is_left_and_said_so(kind, capsys):
-    batch, other = Case().batch(), "edge" if kind != "edge" else "active"
+    batch, other = Case().batch(), "edge" if kind != "edge" else "quadtree"
     state = through_a_file(trained(other, Case(), 64, 2).state_dict())
     capsys.readouterr()
     sampler, fresh = prepared(kind, Case()), prepared(kind, Case())
@@ -660,7 +550,7 @@ def test_a_checkpoint_of_another_kind_is_left_and_said_so(kind, capsys):
     assert torch.equal(ours[-1]["indices"], theirs[-1]["indices"])
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_MINED
 def test_the_cache_may_change(kind):
     case, other = Case(), Case(ONE_SIZE[:4], ids=(5, 8, 0, 7))
     sampler = prepared(kind, case)
@@ -670,7 +560,7 @@ def test_the_cache_may_change(kind):
         rays = step(sampler, batch)
         which.place(rays["indices"])
         assert_true_colours(batch, rays)
-        if kind in MAPPED and sampler.strategy.map is not None:
+        if kind in MAPPED and density_of(sampler) is not None:
             assert abs(claimed(sampler, which).sum() - 1) < 1e-4
 
 
@@ -682,78 +572,44 @@ def test_quadtrees_of_images_that_come_back_are_as_they_were(resumed):
     for _ in range(6):
         rays = sampler.sample(batch)
         sampler.update(feed(rays[BATCH_KEY], importance=importance_of_corner(rays["indices"])))
-    before, depth = claimed(sampler, FOREST), sampler.strategy.depth.clone()
+    before, depth = claimed(sampler, FOREST), sampler.run.state.depth.clone()
     step(sampler, other)
-    assert (sampler.strategy.depth == 1).all() and depth.max() > 1
+    assert (sampler.run.state.depth == 1).all() and depth.max() > 1
     if resumed:
         state = through_a_file(sampler.state_dict())
         sampler = prepared("quadtree", FOREST, 500, **options)
         sampler.load_state_dict(state)
         sampler.sample(other)
     sampler.sample(FOREST.batch())
-    assert torch.equal(claimed(sampler, FOREST), before) and torch.equal(sampler.strategy.depth, depth)
+    assert torch.equal(claimed(sampler, FOREST), before) and torch.equal(sampler.run.state.depth, depth)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_tiles_of_images_that_come_back_are_as_they_were(resumed):
     case, other = Case(), other_cache()
     sampler = trained("detail", case, 64, 6)
-    before, seen = claimed(sampler, case), sampler.strategy.seen.clone()
-    assert seen.any() and sampler.strategy.map.table.factors.std() > 0
+    before, seen = claimed(sampler, case), sampler.run.state.seen.clone()
+    assert seen.any() and density_of(sampler).table.factors.std() > 0
     assert_true_colours(other, sampler.sample(other))
     if resumed:
         state = through_a_file(sampler.state_dict())
         sampler = prepared("detail", case)
         sampler.load_state_dict(state)
     sampler.sample(case.batch())
-    assert torch.equal(claimed(sampler, case), before) and (sampler.strategy.seen >= seen).all()
+    assert torch.equal(claimed(sampler, case), before) and (sampler.run.state.seen >= seen).all()
     assert_true_colours(case.batch(), sampler.sample(case.batch()))
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-@pytest.mark.parametrize("away", [1, 12])
-def test_errors_of_images_that_come_back_are_as_they_were(resumed, away):
-    """Images 5 and 0 stay; the weights of 7, 2 and 4 relative to each other are as they were."""
-    case, other = Case(), other_cache()
-    sampler = trained("active", case, 64, 6, staleness=0.5)
-    before, error = claimed(sampler, case), sampler.strategy.error.clone()
-    for _ in range(away):
-        step(sampler, other)
-    if resumed:
-        state = through_a_file(sampler.state_dict())
-        sampler = prepared("active", case, staleness=0.5)
-        sampler.load_state_dict(state)
-        sampler.sample(other)
-    sampler.sample(case.batch())
-    stayed = torch.isin(torch.tensor(case.ids), torch.tensor([7, 5, 0]))[:, None].expand(5, 35).flatten()
-    assert torch.equal(sampler.strategy.error[~stayed], error[~stayed])
-    gone = torch.isin(case.pixels()[:, 0], torch.tensor([2, 4]))
-    ours, theirs = claimed(sampler, case)[gone], before[gone]
-    torch.testing.assert_close(ours / ours.sum(), theirs / theirs.sum(), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("away", [22, 62])
-def test_images_that_come_back_are_never_less_stale_than_what_was_just_seen(away):
-    case, other = Case(((16, 16),) * 3, ids=(2, 0, 1)), Case(((16, 16),) * 3, ids=(2, 7, 8))
-    sampler, batch = trained("active", case, 20, 60, spread=0), other.batch()
-    for _ in range(away):
-        step(sampler, batch)
-    sampler.sample(case.batch())
-    staleness = sampler.strategy.map.table.codes.int() - sampler.strategy.error.int() + round(sampler.strategy._sunk)
-    assert staleness.min() >= -1
-
-
-@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_MINED
 def test_the_batch_size_may_change_every_step(kind):
     case = CASES["masked list"]
     sampler, batch = prepared(kind, case), case.batch()
     for number in (64, 10, 300, 11, 64, 200, 12, 13):
         sampler.set_num_rays_per_batch(number)
         rays = step(sampler, batch)
-        assert len(rays["indices"]) == len(rays["image"]) == len(rays[BATCH_KEY].density) == number
+        assert len(rays["indices"]) == len(rays["image"]) == len(rays[BATCH_KEY].density_ratio) == number
     if kind in MAPPED:
-        rays, _ = sampler.strategy.draw(5000)
-        indices, density = torch.cat((rays.chart[:, None], rays.position.long()), dim=-1), claimed(sampler, case, True)
+        indices, density = sampler.run.draw(5000).pixels.indices, claimed(sampler, case, True)
         assert follows(case, indices, density / density.sum())
 
 
@@ -775,10 +631,10 @@ def test_the_uniform_kind_is_the_sampler_of_nerfstudio(case, training):
         assert (mining is not None) == training
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
         if mining is not None:
-            assert mining.num_uniform == 64 and (mining.density == 1).all() and mining.image_gradient is None
+            assert mining.num_uniform == 64 and (mining.density_ratio == 1).all() and mining.image_gradient is None
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_MINED
 def test_the_global_randomness_is_not_consumed_and_seeds_every_kind(kind):
     case, batches = CASES["masked list"], []
     for seed in (0, 0, 1):
@@ -790,7 +646,7 @@ def test_the_global_randomness_is_not_consumed_and_seeds_every_kind(kind):
     assert torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
 
 
-@pytest.mark.parametrize("kind", ["edge", "langevin", "quadtree", "active", "detail"])
+@pytest.mark.parametrize("kind", ["edge", "langevin", "quadtree", "detail"])
 @pytest.mark.parametrize("name", ["one size", "masked list"])
 def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     case = CASES[name]
@@ -798,31 +654,29 @@ def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     budget = num_pixels / 8
     sampler = trained(kind, case, steps=3, map_memory=budget / 1e9)
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("map-memory") == 1 and "instead of 2 x 2" in said
-    strategy = sampler.strategy
-    density = strategy.starts if kind == "langevin" else strategy.map
-    side = density.grid.side
-    per_cell = 2.75 if kind == "detail" else dens.bytes_per_entry(2 if kind in ("quadtree", "active") else 1)
+    assert said.count("map_memory") == 1 and "instead of 2 x 2" in said
+    density = sampler.run.sampler.start_density if kind == "langevin" else density_of(sampler)
+    side = density.grid.cell_size
+    per_cell = 3.25 if kind == "detail" else dens.bytes_per_entry(2 if kind == "quadtree" else 1)
     assert num_pixels / side**2 * per_cell <= budget < num_pixels / (side - 1) ** 2 * per_cell
     if kind == "langevin":
-        pool, law = density.draw(20_000), case.edges(side)
+        samples, law = density.draw(20_000), case.edges(side)
     else:
-        (pool, _), law = strategy.draw(20_000), claimed(sampler, case, mixed=True)
+        samples, law = sampler.run.draw(20_000).pixels, claimed(sampler, case, mixed=True)
     assert abs(law.sum() - 1) < 1e-4
-    assert follows(case, torch.cat((pool.chart[:, None], pool.position.long()), dim=-1), law / law.sum())
+    assert follows(case, samples.indices, law / law.sum())
 
 
-@pytest.mark.parametrize("kind", ["edge", "langevin", "error-map", "quadtree", "active", "detail"])
+@pytest.mark.parametrize("kind", ["edge", "langevin", "error-map", "quadtree", "detail"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_maps_take_less_than_a_byte_a_pixel(kind, masked):
     batch = {"image": torch.rand(2, 300, 400, 3, generator=seeded()), "image_idx": torch.tensor([0, 1])}
     if masked:
         batch["mask"] = torch.rand(2, 300, 400, 1, generator=seeded()) < 0.5
     sampler = prepared(kind, Case(), rays=500)
-    sampler.cameras = make_cameras(2, 300, 400)
     for _ in range(5):
         step(sampler, batch)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(sampler.strategy)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(sampler.run)}
     assert sum(storages.values()) > 0
     assert sum(storages.values()) / (2 * 300 * 400) < 1
 
@@ -841,15 +695,14 @@ class Made(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@EACH_MINED
 def test_a_step_costs_the_same_on_larger_images(kind):
-    """Beside what is amortised: evaluations, epochs, and raising all weights."""
-    changes = {"multinomial": dict(refresh=99, side=2), "quadtree": dict(reduction=1), "active": dict(staleness=1e-3)}
+    """Beside what is amortised: evaluations and epochs."""
+    changes = {"multinomial": dict(refresh=99, side=2), "quadtree": dict(reduction=1)}
     counts = []
     for side in (48, 240):  # whose trees of sums have the same depth
         batch = {"image": torch.rand(2, side, side, 3, generator=seeded()), "image_idx": torch.tensor([0, 1])}
         sampler = prepared(kind, Case(), 100, **changes.get(kind, {}))
-        sampler.cameras = make_cameras(2, side, side)
         for _ in range(3):
             step(sampler, batch)
         with Made() as made:
@@ -859,14 +712,19 @@ def test_a_step_costs_the_same_on_larger_images(kind):
 
 
 def bad_settings():
-    """Values out of range of every setting of every kind that is a number."""
-    for kind in STRATEGIES:
-        config = MiningPixelSamplerConfig().of_kind(kind)
-        for setting in fields(config):
-            name, value = setting.name, getattr(config, setting.name)
-            if not isinstance(value, bool | str):
-                values = [-1, *([0] if name in config.positive else []), *([1.5] if name.endswith("share") else [])]
-                yield from ((kind, name, bad) for bad in values + [NAN] * isinstance(value, float))
+    """Values out of the bounds of every setting of every kind."""
+    for kind, spec in SPECS.items():
+        for name, hint in get_type_hints(spec.config, include_extras=True).items():
+            for bounds in getattr(hint, "__metadata__", ()):
+                assert isinstance(bounds, Interval)
+                values = [-1, *([0] if bounds.low == 1 or bounds.excludes_low else []), *([1.5] * (bounds.high == 1))]
+                yield from ((kind, name, bad) for bad in (*values, *([NAN] if hint.__origin__ is float else [])))
+
+
+def test_all_numbers_have_bounds():
+    for spec in SPECS.values():
+        for name, hint in get_type_hints(spec.config).items():
+            assert hint not in (int, float) or any((spec.name, name) == bad[:2] for bad in bad_settings())
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), bad_settings())
@@ -875,17 +733,11 @@ def test_every_setting_out_of_range_is_named(kind, name, value):
     with pytest.raises(UserError, match=flag):
         make_config(kind, **{name: value})
     with pytest.raises(UserError, match=flag):  # whichever kind is used
-        MiningPixelSamplerConfig(kind="uniform", **{kind.replace("-", "_"): make_group(kind, name, value)})
-
-
-def make_group(kind: str, name: str, value: float):
-    group = type(MiningPixelSamplerConfig().of_kind(kind))(**{name: value})
-    assert is_dataclass(group)
-    return group
+        MiningPixelSamplerConfig(kind="uniform", **{SPECS[kind].field: SPECS[kind].config(**{name: value})})
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("cell_side", 0), ("cell_side", -1), ("map_memory", 0.0), ("map_memory", NAN)]
+    ("name", "value"), [("cell_size", 0), ("cell_size", -1), ("map_memory", 0.0), ("map_memory", NAN)]
 )
 def test_every_setting_of_the_sampler_out_of_range_is_named(name, value):
     with pytest.raises(UserError, match=f"pixel-sampler.{name.replace('_', '-')} is {value}"):
@@ -911,19 +763,19 @@ def caches(draw) -> tuple[dict, list]:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(caches(), st.sampled_from(sorted(STRATEGIES)), st.integers(1, 70), st.integers(1, 5), st.booleans())
+@given(caches(), st.sampled_from(MINED), st.integers(1, 70), st.integers(1, 5), st.booleans())
 def test_any_cache_can_be_drawn_from(cache, kind, rays, side, panorama):
     batch, masks = cache
-    changes = dict(uniform_share=0.0) if kind in ("edge", "langevin", "multinomial", "detail") else {}
+    changes = dict(uniform_fraction=0.0) if kind in ("edge", "langevin", "multinomial", "detail") else {}
     changes |= dict(side=side) if kind == "multinomial" else {}
-    sampler = make_sampler(rays, 4, kind=kind, cell_side=side, is_equirectangular=panorama, **KINDS[kind] | changes)
-    sampler.cameras = make_cameras(4, *batch["image"][0].shape[:2])
+    sampler = make_sampler(
+        rays, 4, kind=kind, cell_size=side, is_equirectangular=panorama, **QUICK.get(kind, {}) | changes
+    )
     slot = {i: n for n, i in enumerate(batch["image_idx"].tolist())}
     for number in range(6):
         drawn = sampler.sample(batch)
         assert len(drawn["indices"]) == rays
         assert all(masks[slot[i]][row, column] for i, row, column in drawn["indices"].tolist())
         assert_true_colours(batch, drawn)
-        density = drawn[BATCH_KEY].density
-        assert (density > 0).logical_or(torch.tensor(kind == "langevin") & density.isnan()).all()
+        assert (drawn[BATCH_KEY].density_ratio > 0).all()
         sampler.update(feed(drawn[BATCH_KEY], wild(rays, number), seed=number))

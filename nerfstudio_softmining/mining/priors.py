@@ -1,4 +1,4 @@
-"""Edge strength and local contrast of an image: where error is to be expected before any is known."""
+"""Edges, contrast and detail of an image: where to expect error before any is known."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 BAND = 1 << 22
-"""Pixels that are looked at a time."""
+"""Pixels processed at a time."""
 
 
 def _by_rows(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Apply a function of 3 x 3 surroundings to some rows at a time, which bounds its temporary memory."""
+    """Apply a function of 3 x 3 neighbourhoods to some rows at a time, which bounds its temporary memory."""
 
     @functools.wraps(function)
     def applied(image: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def _by_rows(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 @_by_rows
 def sobel(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
-    """Sobel gradient magnitude over all channels (section 4.1), in [0, 1] for values in [0, 1].
+    """Compute the Sobel gradient magnitude over all channels (section 4.1), in [0, 1] for values in [0, 1].
 
     The border is replicated, so that it is no edge by itself.
 
@@ -55,9 +55,9 @@ def sobel(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
 
 @_by_rows
 def local_deviation(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
-    """Standard deviation of the colours in the 3 x 3 pixels around each, in [0, 0.5] for values in [0, 1].
+    """Compute the standard deviation of the colours in 3 x 3 pixels, in [0, 0.5] for values in [0, 1].
 
-    The prior of Zhang et al., "Fast Learning Radiance Fields by Shooting Much Fewer Rays", TIP 2023. The border is
+    This is the prior of Zhang et al., "Fast Learning Radiance Fields by Shooting Much Fewer Rays", TIP 2023. The border is
     replicated.
 
     >>> import torch
@@ -80,10 +80,10 @@ def local_deviation(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
 
 @_by_rows
 def laplacian(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
-    """Absolute difference of each pixel and the mean of the 3 x 3 around it, over all channels, in [0, 8/9] for values
-    in [0, 1].
+    """Compute the detail of each pixel: its absolute difference from the mean of the 3 x 3 pixels around it.
 
-    The border is replicated, so that it is no detail by itself.
+    The mean over channels is taken, in [0, 8/9] for values in [0, 1]. The border is replicated, so that it is no detail
+    by itself.
 
     >>> import torch
     >>> step = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4)[..., None]
