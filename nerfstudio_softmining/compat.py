@@ -14,7 +14,17 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.external import TCNN_EXISTS
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
+
+
+def prepare(device: torch.device | str) -> None:
+    """Set up the process for one of this plugin's methods. Called when such a method runs, never at import.
+
+    Args:
+        device: where training or evaluation runs.
+    """
+    allow_numpy_scalars_in_checkpoints()
+    if torch.device(device).type == "cpu":
+        prepare_cpu()
 
 
 def allow_numpy_scalars_in_checkpoints() -> None:
@@ -22,6 +32,8 @@ def allow_numpy_scalars_in_checkpoints() -> None:
 
     Can go when nerfstudio's three `torch.load` calls say `weights_only=False` (nerfstudio#3683).
     """
+    if not hasattr(torch.serialization, "add_safe_globals"):  # torch before 2.4, which loads anything
+        return
     rebuild_scalar: Any = np.float64(0).__reduce__()[0]  # its module is private, and moved with numpy 2
     torch.serialization.add_safe_globals([rebuild_scalar, np.dtype, type(np.dtype(np.float64))])
 
@@ -50,8 +62,9 @@ def prepare_cpu() -> None:
     """
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # for debugging, and not free; the module makes the attribute itself, which pyright does not see
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(torch.utils, "deterministic"):  # torch 2.2
+        # for debugging, and not free; the module makes the attribute itself, which pyright does not see
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def tell_if_tcnn_is_missing(chosen: str) -> None:
@@ -72,7 +85,7 @@ def allow_camera_export(dataset: InputDataset) -> None:
         dataset.cameras.metadata = {}
 
 
-def loss_scale(scaler: GradScaler | None) -> Tensor | None:
+def loss_scale(scaler: torch.cuda.amp.GradScaler | None) -> Tensor | None:
     """A copy of the scale that the scaler is about to apply, on its device; None where losses are not scaled.
 
     `GradScaler.get_scale` waits for the device. Can go when torch offers the scale as a tensor.
@@ -161,9 +174,25 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 
 
+def seed_everything(seed: int) -> None:
+    """Seed every source of randomness that training uses."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextlib.contextmanager
-def fork_random_state() -> Iterator[None]:
-    """Within this, randomness is drawn from torch without moving what is drawn after it."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+def fork_random_state(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Within this, randomness is drawn from torch without moving what is drawn after it.
+
+    Args:
+        device: where it is drawn, beside the CPU.
+    """
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         yield
+
+
+def no_autocast(device: torch.device | str) -> contextlib.AbstractContextManager:
+    """Switch mixed precision off within this. Can go when nerfstudio's ray generation works in half precision."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else contextlib.nullcontext()

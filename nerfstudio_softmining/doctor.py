@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Literal
 
@@ -159,14 +159,23 @@ def check_registered(kind: str) -> Row:
         return Row("none registered", "problem", fix)
     broken = []
     for entry in entries:
-        try:
-            entry.load()
-        except Exception as error:
-            broken.append(f"{entry.name}: {one_line(error)}")
+        if reason := why_unusable(entry):
+            broken.append(f"{entry.name}: {reason}")
     if broken:
         fix = "mend what the message names, or pip install --force-reinstall --no-deps nerfstudio-softmining"
         return Row("do not load:\n" + "\n".join(broken), "problem", fix)
     return Row("\n".join(sorted(entry.name for entry in entries)))
+
+
+def why_unusable(entry: EntryPoint) -> str:
+    """Return why what is registered cannot be used; empty if it can."""
+    try:
+        specification = entry.load()
+    except Exception as error:
+        return one_line(error)
+    if specification is None:
+        return "cannot be imported"
+    return getattr(specification.config, "reason", "")  # of a stand-in, see unavailable.py
 
 
 def check_open3d() -> Row:

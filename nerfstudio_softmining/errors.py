@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 
-class UserError(ValueError):
-    """A mistake in the settings or the data. The message names the setting, its value and the fix."""
+class UserError(SystemExit, ValueError):
+    """A mistake in the settings or the data. The message names the setting, its value and the fix.
+
+    nerfstudio's commands do not catch it. As a `SystemExit` it ends the process with its message alone, without a
+    traceback and without a hook that other methods would share.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = f"\nError: {message}"
 
 
 class SettingError(UserError):
@@ -38,17 +44,3 @@ def naming_flags(flag: Callable[[str], str]) -> Iterator[None]:
         yield
     except SettingError as error:
         raise UserError(f"{flag(error.field)} is {error.value}: {error.message}") from error
-
-
-def hide_traceback_of_user_errors() -> None:
-    """Let an uncaught [UserError][] end the process with its message alone, as nerfstudio's commands do not catch
-    it."""
-    previous = sys.excepthook
-
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, UserError):
-            print(f"\nError: {error}", file=sys.stderr)
-        else:
-            previous(kind, error, trace)
-
-    sys.excepthook = excepthook

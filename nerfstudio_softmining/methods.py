@@ -19,12 +19,7 @@ from nerfstudio.plugins.types import MethodSpecification
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.data.datamanager import SoftMiningDataManagerConfig
 from nerfstudio_softmining.data.llff_dataparser import LLFFDataParserConfig
-from nerfstudio_softmining.errors import hide_traceback_of_user_errors
 from nerfstudio_softmining.models.nerfacto import SoftMiningNerfactoModelConfig
-
-compat.allow_numpy_scalars_in_checkpoints()
-hide_traceback_of_user_errors()
-
 
 EXACT_CAMERAS = {"camera_optimizer": CameraOptimizerConfig(mode="off"), "use_appearance_embedding": False}
 """What the paper's two data sets have in common: exact cameras and one exposure."""

@@ -657,7 +657,7 @@ def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     assert said.count("map_memory") == 1 and "instead of 2 x 2" in said
     density = sampler.run.sampler.start_density if kind == "langevin" else density_of(sampler)
     side = density.grid.cell_size
-    per_cell = 3.25 if kind == "detail" else dens.bytes_per_entry(2 if kind == "quadtree" else 1)
+    per_cell = 3.75 if kind == "detail" else dens.bytes_per_entry(2 if kind == "quadtree" else 1)
     assert num_pixels / side**2 * per_cell <= budget < num_pixels / (side - 1) ** 2 * per_cell
     if kind == "langevin":
         samples, law = density.draw(20_000), case.edges(side)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
 from nerfstudio.data.datamanagers.parallel_datamanager import ParallelDataManager
-from nerfstudio.data.pixel_samplers import PixelSamplerConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch.amp.grad_scaler import GradScaler
@@ -151,16 +153,34 @@ def test_evaluating_all_pixels_gives_their_importance_and_leaves_the_training_as
 
 
 def test_uniform_sampling_is_nerfactos_own(scene):
-    """Batches and losses are those of nerfstudio's datamanager and nerfacto's loss."""
+    """Rays and colours are bit for bit those of nerfstudio's datamanager; the loss is nerfacto's."""
     training = Training(scene, kind="uniform")
     training.pipeline.train()
     torch.manual_seed(3)
     outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
+    ours = training.pipeline.datamanager.config
+    random.seed(0)
+    stock = VanillaDataManagerConfig(data=scene, dataparser=ours.dataparser, train_num_rays_per_batch=64).setup()
     torch.manual_seed(3)
-    cached = next(training.pipeline.datamanager.iter_train_image_dataloader)
-    batch = PixelSamplerConfig(num_rays_per_batch=64).setup().sample(cached)
-    assert torch.equal(batch["indices"], training.pipeline.datamanager._mining_batch.indices)
+    rays, batch = stock.next_train(5000)
+    mining = training.pipeline.datamanager._mining_batch
+    assert torch.equal(batch["indices"], mining.indices)
+    assert torch.equal(rays.directions, mining.directions) and torch.equal(rays.origins, mining.origins)
     torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], batch["image"]))
+
+
+@pytest.mark.parametrize("alpha_color", ["white", None])
+def test_cached_bytes_become_the_colours_that_nerfstudio_loads(scene, alpha_color):
+    training = Training(scene)
+    manager = training.pipeline.datamanager
+    stock = InputDataset(replace(manager.train_dataparser_outputs, alpha_color=alpha_color and torch.ones(3)))
+    manager.train_pixel_sampler.background = alpha_color and torch.ones(3)
+    manager.train_pixel_sampler.training = True
+    cached = next(manager.iter_train_image_dataloader)
+    batch = manager.train_pixel_sampler.sample(cached)
+    assert cached["image"].dtype == torch.uint8
+    expected = [stock[image]["image"][row, column] for image, row, column in batch["indices"].tolist()]
+    assert torch.equal(batch["image"], torch.stack(expected))
 
 
 def test_alpha_of_zero_is_the_models_own_loss(scene):

@@ -133,7 +133,8 @@ def measure(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[str,
 
 def main(cost: Cost) -> None:
     """Measure and print, kind by kind."""
-    compat.prepare_cpu()
+    if cost.device == "cpu":
+        compat.prepare_cpu()
     torch.manual_seed(0)
     image = torch.rand(1, *cost.size, 3, device=cost.device)
     where = (

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nerfstudio_softmining.bench import report
 from nerfstudio_softmining.bench.bench import run_bench
-from nerfstudio_softmining.errors import UserError, hide_traceback_of_user_errors
+from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import importance as imp
 from nerfstudio_softmining.mining.importance import soft_weights
 from nerfstudio_softmining.mining.langevin import Pool, select
@@ -158,5 +158,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    hide_traceback_of_user_errors()
     sys.exit(not tyro.cli(compare))

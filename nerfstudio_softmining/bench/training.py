@@ -70,7 +70,7 @@ def train(run: Run, evaluated: Callable[[dict], None], advance: Callable[[int], 
             continue
         if all(entry["iteration"] != iteration for entry in run.entries):
             picture = None if run.pictures is None else run.pictures / f"{iteration}.png"
-            with compat.fork_random_state():
+            with compat.fork_random_state(trainer.device):
                 metrics = evaluate(trainer, run.views, picture)
             rays = trainer.pipeline.datamanager.get_train_rays_per_batch()
             evaluated({"iteration": iteration, **metrics, **meter.read(rays)})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,10 +12,14 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.model_components.ray_generators import RayGenerator
+from nerfstudio.utils import comms
 from torch import Tensor
 
 from nerfstudio_softmining import compat
+from nerfstudio_softmining.data.dataset import ByteImages, ImageCache, SoftMiningDataset
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.samplers.base import MiningBatch
@@ -25,14 +31,14 @@ to the pixel coordinates. They are apart from the rays so that only what is mean
 
 @dataclass
 class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
-    """A datamanager whose pixel sampler hears about the loss."""
+    """Settings of a datamanager whose pixel sampler is updated from the loss."""
 
     _target: type = field(default_factory=lambda: SoftMiningDataManager)
     """Target class to instantiate."""
     images_on_gpu: bool = True
-    """Keep the training images on the device. If False, each step waits for pixels from the CPU."""
+    """Keep the training images and masks on the device. If False, each step waits for pixels from the host."""
     masks_on_gpu: bool = True
-    """Keep the masks on the device, as the images."""
+    """Has no effect: masks are kept where the images are."""
     pixel_sampler: PixelSamplerConfig = field(default_factory=MiningPixelSamplerConfig)
     """How training pixels are chosen."""
 
@@ -45,8 +51,11 @@ class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
             )
 
 
-class SoftMiningDataManager(VanillaDataManager[InputDataset]):
+class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
     """Owns the pixels and rays of training, and keeps the state of its sampler in checkpoints.
+
+    Images are cached as bytes, 3 or 4 a pixel. They are loaded when training begins or a first batch is drawn, so that
+    commands that only evaluate or render do not load them. Images of evaluation stay on the host.
 
     Args:
         config: the settings.
@@ -59,15 +68,17 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
     def __init__(
         self, config: SoftMiningDataManagerConfig, device: torch.device | str = "cpu", *args: Any, **kwargs: Any
     ) -> None:
-        if torch.device(device).type == "cpu":
-            compat.prepare_cpu()
+        compat.prepare(device)
         self._mining_batch: MiningBatch | None = None
         self._model: Any = None
         self._loss_scale: Tensor | None = None
         self._random_state: dict | None = None
+        self._starts_apart = False
         try:
             super().__init__(config, device, *args, **kwargs)
-        except (OSError, IndexError, AssertionError) as error:
+        except UserError:
+            raise
+        except (OSError, IndexError, AssertionError, ValueError, KeyError) as error:
             if hasattr(self, "exclude_batch_keys_from_device"):  # set once both splits are parsed
                 raise
             raise UserError(
@@ -76,19 +87,70 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
             ) from error
 
     def setup_train(self) -> None:
-        """Set up what training needs."""
+        """Set up what training needs, but for the images."""
         for dataset in (self.train_dataset, self.eval_dataset):
             compat.allow_camera_export(dataset)
-        super().setup_train()
+        self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
+        self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
+
+    def setup_eval(self) -> None:
+        """Set up what evaluation needs, but for the images."""
+        self.eval_pixel_sampler = self._get_pixel_sampler(self.eval_dataset, self.config.eval_num_rays_per_batch)
+        self.eval_ray_generator = RayGenerator(self.eval_dataset.cameras.to(self.device))
+        self.fixed_indices_eval_dataloader = FixedIndicesEvalDataloader(self.eval_dataset, device=self.device)
+        self.eval_dataloader = RandIndicesEvalDataloader(self.eval_dataset, device=self.device)
+
+    @cached_property
+    def iter_train_image_dataloader(self) -> Iterator[Any]:
+        """The cached training images, on the device if `images_on_gpu`. Loaded at the first use."""
+        config, dataset = self.config, self.train_dataset
+        # masks are needed where pixels are drawn, which is where the images are
+        on_host = [] if config.images_on_gpu else dataset.exclude_batch_keys_from_device
+        self.train_image_dataloader = self._cache(
+            dataset, config.train_num_images_to_sample_from, config.train_num_times_to_repeat_images, on_host
+        )
+        return iter(self.train_image_dataloader)
+
+    @cached_property
+    def iter_eval_image_dataloader(self) -> Iterator[Any]:
+        """The cached images of evaluation, on the host. Loaded at the first use."""
+        config, dataset = self.config, self.eval_dataset
+        self.eval_image_dataloader = self._cache(
+            dataset,
+            config.eval_num_images_to_sample_from,
+            config.eval_num_times_to_repeat_images,
+            dataset.exclude_batch_keys_from_device,
+        )
+        return iter(self.eval_image_dataloader)
+
+    def _cache(self, dataset: InputDataset, num_images: int, num_repeats: int, on_host: list[str]) -> ImageCache:
+        sampler = self.config.pixel_sampler
+        # what nerfstudio computes from whole images needs them in float32
+        as_bytes = isinstance(sampler, MiningPixelSamplerConfig) and not (sampler.keep_full_image or dataset.mask_color)
+        return ImageCache(
+            ByteImages(dataset) if as_bytes else dataset,
+            num_images_to_sample_from=num_images,
+            num_times_to_repeat_images=num_repeats,
+            device=self.device,
+            collate_fn=self.config.collate_fn,
+            exclude_batch_keys_from_device=on_host,
+            num_workers=self.world_size * 4,
+        )
 
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
-        sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
+        sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)  # pyright: ignore[reportArgumentType]
         if isinstance(sampler, MiningPixelSampler):
-            return MiningPixelSampler(sampler.config, len(dataset), self._importance, **sampler.kwargs)
+            background = dataset._dataparser_outputs.alpha_color
+            return MiningPixelSampler(sampler.config, len(dataset), self._importance, background, **sampler.kwargs)
         return sampler
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
         """Make the next training batch: rays, and the pixels they should show."""
+        # nerfstudio's trainer asks within autocast, but ray generation fails in half precision for some cameras
+        with compat.no_autocast(self.device):
+            return self._next_train(step)
+
+    def _next_train(self, step: int) -> tuple[RayBundle, dict]:
         sampler = self.train_pixel_sampler
         if not isinstance(sampler, MiningPixelSampler):
             return super().next_train(step)
@@ -98,6 +160,9 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         if self._random_state is not None:
             compat.set_random_state(self._random_state)
             self._random_state = None
+        if self._starts_apart:
+            compat.seed_everything(torch.initial_seed() + step)
+            self._starts_apart = False
         self.train_count += 1
         image_batch = next(self.iter_train_image_dataloader)
         assert isinstance(image_batch, dict)
@@ -141,7 +206,10 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """Tell the sampler after each step."""
+        """Load the images, and update the sampler after each step."""
+        _ = self.iter_train_image_dataloader
+        if self.test_mode == "val":  # ns-train, which evaluates batches as well
+            _ = self.iter_eval_image_dataloader
         scaler = training_callback_attributes.grad_scaler
         self._loss_scale = compat.loss_scale(scaler)
         sampler, pipeline = self.train_pixel_sampler, training_callback_attributes.pipeline
@@ -173,7 +241,14 @@ class SoftMiningDataManager(VanillaDataManager[InputDataset]):
         }
 
     def set_extra_state(self, state: dict) -> None:
-        """Go on from a checkpoint at the next training batch."""
+        """Go on from a checkpoint at the next training batch.
+
+        A checkpoint holds the randomness and the sampler of the first process. The others start with a sampler and a
+        random stream of their own, as all would train on the same rays otherwise.
+        """
+        if comms.get_rank() != 0:
+            self._starts_apart = True
+            return
         self._random_state = state["random"]
         if isinstance(self.train_pixel_sampler, MiningPixelSampler):
             self.train_pixel_sampler.load_state_dict(state["sampler"])

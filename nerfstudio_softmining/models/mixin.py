@@ -11,29 +11,37 @@ from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler
 from nerfstudio.models.base_model import Model
+from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor, nn
 
 from nerfstudio_softmining import compat
 from nerfstudio_softmining.data.datamanager import RAY_OFFSETS, SoftMiningDataManager
-from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.samplers.base import MiningBatch
+from nerfstudio_softmining.settings import Fraction, check
+
+FIX_OF_IMPLEMENTATION = {
+    "tcnn": "Install tiny-cuda-nn (`softmining doctor` says how), or use the checkpoint on a machine that has it.",
+    "torch": "Set implementation to torch, on the command line or in the run's config.yml.",
+}
+"""What to do about a checkpoint of each implementation where the other one runs."""
 
 
 @dataclass
 class SoftMiningConfig:
     """Settings that soft mining adds to a model's own."""
 
-    alpha: float = 0.8
+    alpha: Fraction = 0.8
     """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling. The paper: 0.6 on white, 0.8
     forward-facing."""
     weight_by: WeightBy = "density"
-    """Weigh a ray by the density it was drawn with, which is Q only for the chains, or any ray by its Q."""
+    """Weight a ray by the density it was drawn with, which is Q only for the chains, or any ray by its Q."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"--pipeline.model.alpha is {self.alpha}: it lies in [0, 1]. The paper uses 0.6 and 0.8.")
+        with naming_flags(lambda name: f"--pipeline.model.{name.replace('_', '-')}"):
+            check(self)
 
 
 class SoftMiningMixin(Model):
@@ -62,7 +70,7 @@ class SoftMiningMixin(Model):
         """The model's own losses, with the reconstruction weighted while training."""
         if self.training and BATCH_KEY not in batch:
             raise UserError(
-                "the training batch does not come from soft mining's sampler, which has to hear about the loss. Use "
+                "the training batch does not come from soft mining's sampler, which must be updated from the loss. Use "
                 "the method's own --pipeline.datamanager and pixel sampler (a ParallelDataManager samples in another "
                 "process)."
             )
@@ -86,7 +94,7 @@ class SoftMiningMixin(Model):
         mining = MiningBatch(batch["indices"], torch.ones(count), None, count, importance_weighted=False)
         try:
             self.train()
-            with compat.fork_random_state():
+            with compat.fork_random_state(self.device):
                 outputs = self(ray_bundle)
                 self.get_loss_dict(outputs, {**batch, BATCH_KEY: mining}, self.get_metrics_dict(outputs, batch))
         finally:
@@ -105,26 +113,43 @@ class SoftMiningMixin(Model):
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """The model's own callbacks, after a check that the datamanager can be told about the loss."""
+        """The model's own callbacks, after a check that the datamanager suits soft mining."""
         pipeline = training_callback_attributes.pipeline
         if pipeline is not None and not isinstance(pipeline.datamanager, SoftMiningDataManager):
             raise UserError(
-                f"--pipeline.datamanager is a {type(pipeline.datamanager).__name__}, whose sampler can not hear about "
-                "the loss (ParallelDataManager samples in another process). Use SoftMiningDataManagerConfig."
+                f"--pipeline.datamanager is a {type(pipeline.datamanager).__name__}, whose sampler cannot be updated "
+                "from the loss (ParallelDataManager samples in another process). Use SoftMiningDataManagerConfig."
             )
         return super().get_training_callbacks(training_callback_attributes)
 
+    @property
+    def _implementation(self) -> str:
+        """The implementation whose parameters the model holds: nerfstudio falls back to torch by itself."""
+        chosen = getattr(self.config, "implementation", "torch")
+        return chosen if TCNN_EXISTS else "torch"
+
     def get_extra_state(self) -> dict:
-        """When the proposal networks were last trained, which nerfstudio's checkpoints do not hold."""
-        sampler = self._outer_sampler()
-        if not isinstance(sampler, ProposalNetworkSampler):
-            return {}
-        return {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
+        """Return what nerfstudio's checkpoints lack: the implementation, and the schedule of the proposal networks."""
+        sampler, state = self._outer_sampler(), {"implementation": self._implementation}
+        if isinstance(sampler, ProposalNetworkSampler):
+            state |= {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
+        return state
 
     def set_extra_state(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: if the checkpoint holds the parameters of the other implementation. nerfstudio would leave out
+                what does not fit, and render noise.
+        """
+        saved = state.get("implementation", self._implementation)
+        if saved != self._implementation:
+            raise UserError(
+                f"the checkpoint was trained with --pipeline.model.implementation {saved}, but {self._implementation} "
+                f"runs here. {FIX_OF_IMPLEMENTATION[saved]}"
+            )
         sampler = self._outer_sampler()
-        if isinstance(sampler, ProposalNetworkSampler) and state:
+        if isinstance(sampler, ProposalNetworkSampler) and "step" in state:
             sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nerfstudio_softmining.errors import naming_flags
 from nerfstudio_softmining.samplers.base import MiningBatch, SamplerConfig, SamplerContext
-from nerfstudio_softmining.samplers.images import TrainingImages
+from nerfstudio_softmining.samplers.images import TrainingImages, to_colours
 from nerfstudio_softmining.samplers.registry import samplers
 from nerfstudio_softmining.samplers.state import SamplerRun
 from nerfstudio_softmining.settings import Positive, PositiveCount, check
@@ -82,6 +82,7 @@ class MiningPixelSampler(PixelSampler):
         config: the settings.
         num_images: number of training images; by default as many as the first cache shows.
         importance: gives Q of any pixels [n, 3] (image, row, column) with the model as it is.
+        background: colour [3] that RGBA images are blended with; None keeps their alpha.
         kwargs: what nerfstudio passes to every pixel sampler.
     """
 
@@ -92,10 +93,11 @@ class MiningPixelSampler(PixelSampler):
         config: MiningPixelSamplerConfig,
         num_images: int | None = None,
         importance: Callable[[Tensor], Tensor] | None = None,
+        background: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         self.training = False
-        self._num_images, self._importance = num_images, importance
+        self._num_images, self._importance, self._background = num_images, importance, background
         self._spec = SPECS[config.kind]
         self._generator: torch.Generator | None = None
         self._image_batch: dict | None = None
@@ -111,9 +113,9 @@ class MiningPixelSampler(PixelSampler):
     def sample(self, image_batch: dict) -> dict:
         """Make the next ray batch, with its [MiningBatch][] while training."""
         if not self.training:
-            return super().sample(image_batch)
-        if self._spec.sampler.is_uniform:
             return self._sample_uniformly(image_batch)
+        if self._spec.sampler.is_uniform:
+            return self._uniform_mining_batch(image_batch)
         with naming_flags(self._flag):
             run = self._run_on(image_batch)
             samples = run.draw(self.num_rays_per_batch)
@@ -127,8 +129,17 @@ class MiningPixelSampler(PixelSampler):
         return batch
 
     def _sample_uniformly(self, image_batch: dict) -> dict:
-        """Draw by nerfstudio's own sampler, bit for bit."""
-        batch, config = super().sample(image_batch), self._config
+        """Draw by nerfstudio's own sampler."""
+        if isinstance(image_batch["image"], list) and "mask" in image_batch:
+            self.config.rejection_sample_mask = False  # fails in nerfstudio 1.1.5 for images that differ in size
+        batch = super().sample(image_batch)
+        if self._background is not None:
+            self._background = self._background.to(batch["image"].device)
+        batch["image"] = to_colours(batch["image"], self._background)
+        return batch
+
+    def _uniform_mining_batch(self, image_batch: dict) -> dict:
+        batch, config = self._sample_uniformly(image_batch), self._config
         count = len(batch["indices"])
         batch[BATCH_KEY] = MiningBatch(
             batch["indices"],
@@ -215,5 +226,6 @@ class MiningPixelSampler(PixelSampler):
             use_mask=not self.config.ignore_mask,
             fisheye_crop_radius=self.config.fisheye_crop_radius,
             is_equirectangular=bool(self.config.is_equirectangular),
+            background=self._background,
             generator=self._generator,
         )

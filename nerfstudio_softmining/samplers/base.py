@@ -191,7 +191,7 @@ class Sampler(Generic[Config, State]):
             )
         return number
 
-    def make_grid(self, contents: str, bytes_per_cell: float, tile: int = 1, min_tile_side: int = 1) -> Grid:
+    def make_grid(self, contents: str, bytes_per_cell: float, tile: int = 1, min_tile_side: int = 1, levels: int = 0) -> Grid:
         """Make the grid of a map over the images, with larger cells where the map would take too much memory.
 
         Args:
@@ -199,6 +199,7 @@ class Sampler(Generic[Config, State]):
             bytes_per_cell: memory of the map.
             tile: side in pixels of the tiles that cells are gathered in.
             min_tile_side: least side in cells of a tile.
+            levels: levels of larger tiles.
         """
         wanted = size = self.context.cell_size
         budget = self.context.map_memory * 1e9
@@ -209,7 +210,7 @@ class Sampler(Generic[Config, State]):
                 f"{self.images.num_pixels / 1e6:,.0f} million pixels: {contents} are kept in cells of {size} x {size} "
                 f"pixels instead of {wanted} x {wanted} to fit {self.context.map_memory} GB (map_memory)."
             )
-        return Grid.with_cell_size(self.images, size, max(min_tile_side, math.ceil(tile / size)))
+        return Grid.with_cell_size(self.images, size, max(min_tile_side, math.ceil(tile / size)), levels)
 
 
 class DensitySampler(Sampler[Config, State]):

@@ -26,9 +26,12 @@ class Grid:
         images: the training images.
         shapes: rows and columns of cells of each image, at most its height and width.
         tile_side: cells along the side of a tile.
+        levels: levels of larger tiles, each twice the one before, that [tile_parents][] gives.
     """
 
-    def __init__(self, images: TrainingImages, shapes: Sequence[tuple[int, int]], tile_side: int = 1) -> None:
+    def __init__(
+        self, images: TrainingImages, shapes: Sequence[tuple[int, int]], tile_side: int = 1, levels: int = 0
+    ) -> None:
         self.images, self.shapes, self.tile_side = images, list(shapes), tile_side
         self.cell_size = max(
             math.ceil(size / count)
@@ -39,16 +42,21 @@ class Grid:
         self.rows, self.columns = torch.tensor(self.shapes, device=images.device).unbind(-1)
         self.tile_shapes = [(math.ceil(rows / tile_side), math.ceil(columns / tile_side)) for rows, columns in shapes]
         """Rows and columns of tiles of each image."""
-        self._tile_columns, self._tile_start, self._tile_ends = self._layout(self.tile_shapes)
+        # made once, as a correction must not copy anything to the device
+        level_shapes, self._layouts = self.tile_shapes, []
+        for _ in range(levels + 1):
+            self._layouts.append((sum(rows * columns for rows, columns in level_shapes), *self._layout(level_shapes)))
+            level_shapes = [((rows + 1) // 2, (columns + 1) // 2) for rows, columns in level_shapes]
+        _, self._tile_columns, self._tile_start, self._tile_ends = self._layouts[0]
         self._starts = [0, *itertools.accumulate(rows * columns for rows, columns in self.tile_shapes)]
         self.num_tiles = self._starts[-1]
         self.num_cells = self.num_tiles * tile_side**2
 
     @classmethod
-    def with_cell_size(cls, images: TrainingImages, cell_size: int, tile_side: int = 1) -> Grid:
+    def with_cell_size(cls, images: TrainingImages, cell_size: int, tile_side: int = 1, levels: int = 0) -> Grid:
         """Make the grid whose cells are at most `cell_size` pixels high and wide."""
         shapes = [(math.ceil(height / cell_size), math.ceil(width / cell_size)) for height, width in images.sizes]
-        return cls(images, shapes, tile_side)
+        return cls(images, shapes, tile_side, levels)
 
     def _layout(self, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the columns of each image's tiles, and the first and last of all tiles that are its own."""
@@ -144,18 +152,15 @@ class Grid:
         cells = F.pad(cells, (0, tile_columns * side - columns, 0, tile_rows * side - rows))
         return cells.view(tile_rows, side, tile_columns, side).transpose(1, 2).flatten()
 
-    def tile_parents(self, levels: int) -> list[Int64[Tensor, " tiles_of_level"]]:
-        """Return the larger tile that each tile is in, level by level; each level has tiles twice as large."""
-        parents, shapes = [], self.tile_shapes
-        for _ in range(levels):
-            columns, start, ends = self._layout(shapes)
-            tile = torch.arange(sum(rows * columns for rows, columns in shapes), device=ends.device)
-            cache_index = torch.searchsorted(ends, tile, right=True)
-            local = tile - start[cache_index]
-            row, column = local // columns[cache_index] // 2, local % columns[cache_index] // 2
-            shapes = [((rows + 1) // 2, (columns + 1) // 2) for rows, columns in shapes]
-            columns, start, _ = self._layout(shapes)
-            parents.append(start[cache_index] + row * columns[cache_index] + column)
+    def tile_parents(self) -> list[Int64[Tensor, " _"]]:
+        """Return the larger tile that each tile is in, level by level from the smallest tiles."""
+        parents = []
+        for (count, columns, start, ends), (_, larger_columns, larger_start, _) in itertools.pairwise(self._layouts):
+            tile = torch.arange(count, device=ends.device)
+            index = torch.searchsorted(ends, tile, right=True)
+            local = tile - start[index]
+            row, column = local // columns[index] // 2, local % columns[index] // 2
+            parents.append(larger_start[index] + row * larger_columns[index] + column)
         return parents
 
 

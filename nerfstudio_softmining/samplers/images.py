@@ -54,12 +54,14 @@ class TrainingImages:
     different sizes come as a list and are joined into one tensor, of which the list's tensors become views.
 
     Args:
-        image_batch: as nerfstudio's dataloader yields it: `image` and any other per-pixel data as one tensor
-            [images, height, width, channels] or as a list of [height, width, channels], and `image_idx` [images].
+        image_batch: as nerfstudio's dataloader yields it: `image`, in [0, 1] or in bytes, and any other per-pixel data
+            as one tensor [images, height, width, channels] or as a list of [height, width, channels], and
+            `image_idx` [images].
         num_images: number of images of the data set.
         use_mask: whether pixels outside of the `mask`, if there is one, are left out.
         fisheye_crop_radius: radius in pixels around the centre outside of which nothing is drawn, or None.
         is_equirectangular: whether rows stand for latitudes, whose pixels count by their solid angle.
+        background: colour [3] that RGBA images are blended with; None keeps their alpha.
         premultiplied: whether the colours of RGBA images are multiplied by alpha already.
         generator: source of randomness on the images' device.
 
@@ -75,6 +77,7 @@ class TrainingImages:
         use_mask: bool = True,
         fisheye_crop_radius: float | None = None,
         is_equirectangular: bool = False,
+        background: Tensor | None = None,
         premultiplied: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -98,6 +101,9 @@ class TrainingImages:
         self.num_pixels = self._starts[-1]
         self.values = {key: value for key in image_batch if (value := _joined(image_batch, key)) is not None}
         """All per-pixel data by its key."""
+        if "mask" in self.values:  # pixels are drawn where the images are
+            self.values["mask"] = self.values["mask"].to(device)
+        self._background = None if background is None else background.to(device)
 
         self._mask = self.values.get("mask") if use_mask else None
         self._crop, self._premultiplied = fisheye_crop_radius, premultiplied
@@ -137,7 +143,7 @@ class TrainingImages:
 
     def image(self, cache_index: int) -> Float[Tensor, "h w c"]:
         """Return one cached image. The colours of RGBA are multiplied by alpha."""
-        image = self._part("image", cache_index).float()
+        image = to_colours(self._part("image", cache_index), self._background)
         if image.shape[-1] == 4 and not self._premultiplied:
             image = torch.cat((image[..., :3] * image[..., 3:], image[..., 3:]), dim=-1)
         return image
@@ -254,8 +260,11 @@ class TrainingImages:
     def _lookup(self, key: str, cache_index: Tensor, row: Tensor, column: Tensor) -> Tensor:
         value = self.values[key]
         if value.dim() == 4:
-            return value[cache_index, row, column]
-        return value[self.start[cache_index] + row * self.width[cache_index] + column]
+            index = (cache_index, row, column)
+        else:
+            index = (self.start[cache_index] + row * self.width[cache_index] + column,)
+        found = value[tuple(part.to(value.device) for part in index)]
+        return to_colours(found, self._background) if key == "image" else found
 
     def image_gradient(self, samples: PixelSamples) -> Float[Tensor, "n c 2"]:
         """Differentiate the bilinearly interpolated images along rows and columns, per pixel, at the pixels' centres.
@@ -289,6 +298,19 @@ class TrainingImages:
         latitude = torch.pi * (samples.pixels[:, 0] + 0.5) / height
         gradient[:, 0] = torch.pi / height / latitude.tan()
         return latitude.sin(), gradient
+
+
+def to_colours(values: Tensor, background: Float[Tensor, " 3"] | None) -> Float[Tensor, "*n c"]:
+    """Convert colours to float32 in [0, 1], exactly as nerfstudio's `InputDataset` does for whole images.
+
+    Args:
+        values: colours [..., 3 or 4] in bytes, or in [0, 1].
+        background: what RGBA is blended with; None keeps alpha.
+    """
+    values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
+    if background is not None and values.shape[-1] == 4:
+        values = values[..., :3] * values[..., 3:] + background * (1 - values[..., 3:])
+    return values
 
 
 def nth(marks: Bool[Tensor, "n m"], rank: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
