@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view, write_scene
+from nerfstudio_softmining.plugin import compat
 
 METHOD = "softmining-nerfacto-lite-blender"
 HAS_OPEN3D = subprocess.run([sys.executable, "-c", "import open3d"], capture_output=True).returncode == 0

@@ -16,13 +16,13 @@ from captures import write_capture
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.utils import comms
+from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler
 from torch import Tensor
 from virtual_device import DEVICE, MixedDevicesError, VirtualDevice
 
-from nerfstudio_softmining import methods
 from nerfstudio_softmining.bench import cost
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler
+from nerfstudio_softmining.plugin import methods
 
 KINDS = ("uniform", *STRATEGIES)
 LISTINGS = {

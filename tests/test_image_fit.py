@@ -16,7 +16,6 @@ from nerfstudio_softmining.sampling import langevin as chains
 from sampler_cases import p_value
 from torch import Tensor
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images import fit as fits
 from nerfstudio_softmining.images.config import FitConfig
@@ -25,6 +24,7 @@ from nerfstudio_softmining.images.photo import Photo
 from nerfstudio_softmining.mining import langevin
 from nerfstudio_softmining.mining.langevin import Pool
 from nerfstudio_softmining.mining.priors import sobel
+from nerfstudio_softmining.plugin import compat
 
 EACH_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 FROZEN = {"learning_rate": 1e-30}

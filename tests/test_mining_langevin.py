@@ -186,7 +186,9 @@ def test_those_that_leave_or_are_low_start_anew_and_only_those(d, fraction):
     q = torch.rand(40, generator=seeded(2))
     start, box = chains_at(position), Box(d, half=1.0)
     moved = position + 0.1 * gradient + 0.2 * torch.empty(40, d).normal_(generator=seeded(3))
-    result, info = langevin.step(start, gradient, q, box, drift=0.1, noise=0.2, reinit_fraction=fraction, generator=seeded(3))
+    result, info = langevin.step(
+        start, gradient, q, box, drift=0.1, noise=0.2, reinit_fraction=fraction, generator=seeded(3)
+    )
     left = ~(moved.abs() < 1).all(-1)
     low = torch.zeros(40).bool().index_fill_(0, q.argsort()[: round(fraction * 40)], True)
     assert left[3:7].all() and (fraction == 1 or 0 < (left | low).sum() < 40)
@@ -225,13 +227,17 @@ def test_chains_that_start_anew_do_so_at_places_of_their_own_unless_most_leave(c
     if leaving < 1 or count < 64:
         assert len(anew.unique()) == len(anew)
     else:
-        assert len(drawn[0].image_index) < 0.3 * count + 100 and len(anew.unique()) == min(len(anew), len(drawn[0].image_index))
+        assert len(drawn[0].image_index) < 0.3 * count + 100 and len(anew.unique()) == min(
+            len(anew), len(drawn[0].image_index)
+        )
 
 
 def test_a_step_changes_neither_its_chains_nor_the_global_randomness():
     chains = chains_at(torch.rand(9, 2, generator=seeded()))
     before, state = ChainState(*(part.clone() for part in chains)), torch.get_rng_state()
-    options = dict(importance=torch.rand(9, generator=seeded()), domain=Box(), drift=0.1, noise=0.1, reinit_fraction=0.5)
+    options = dict(
+        importance=torch.rand(9, generator=seeded()), domain=Box(), drift=0.1, noise=0.1, reinit_fraction=0.5
+    )
     results = [langevin.step(chains, torch.ones(9, 2), generator=seeded(seed), **options)[0] for seed in (1, 1, 2)]
     assert same(chains, before) and torch.equal(torch.get_rng_state(), state)
     assert same(results[0], results[1]) and not same(results[0], results[2])

@@ -17,9 +17,9 @@ from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCall
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from torch.amp.grad_scaler import GradScaler
 
-from nerfstudio_softmining import methods
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import methods
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, STRATEGIES
 
 KINDS = ("uniform", *STRATEGIES)

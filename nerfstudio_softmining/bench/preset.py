@@ -12,8 +12,8 @@ import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.samplers import registry
 from nerfstudio_softmining.settings import apply
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.field import Field
 from nerfstudio_softmining.images.photo import Encoding, Photo
+from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss
 from nerfstudio_softmining.samplers import registry
 from nerfstudio_softmining.samplers.base import MiningBatch, SamplerConfig, SamplerContext

@@ -13,7 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_softmining.errors import naming_flags
-from nerfstudio_softmining.samplers.base import MiningBatch, SamplerConfig, SamplerContext
+from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerConfig, SamplerContext
 from nerfstudio_softmining.samplers.images import TrainingImages, to_colours
 from nerfstudio_softmining.samplers.registry import samplers
 from nerfstudio_softmining.samplers.state import SamplerRun
@@ -87,6 +87,8 @@ class MiningPixelSampler(PixelSampler):
     """
 
     config: MiningPixelSamplerConfig
+    sampler_class: type[Sampler] | None = None
+    """Takes the place of the sampler that `kind` names, in a subclass."""
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class MiningPixelSampler(PixelSampler):
     ) -> None:
         self.training = False
         self._num_images, self._importance, self._background = num_images, importance, background
-        self._spec = SPECS[config.kind]
+        self._sampler_class = self.sampler_class or SPECS[config.kind].sampler
         self._generator: torch.Generator | None = None
         self._image_batch: dict | None = None
         self._run: SamplerRun | None = None
@@ -114,7 +116,7 @@ class MiningPixelSampler(PixelSampler):
         """Make the next ray batch, with its [MiningBatch][] while training."""
         if not self.training:
             return self._sample_uniformly(image_batch)
-        if self._spec.sampler.is_uniform:
+        if self._sampler_class.is_uniform:
             return self._uniform_mining_batch(image_batch)
         with naming_flags(self._flag):
             run = self._run_on(image_batch)
@@ -207,7 +209,7 @@ class MiningPixelSampler(PixelSampler):
                 self._num_images, self._generator, self.config.cell_size, self.config.map_memory, self._importance
             )
             images = self._view(image_batch)
-            self._run = SamplerRun(self._spec.sampler, self._config, context, images)
+            self._run = SamplerRun(self._sampler_class, self._config, context, images)
         elif image_batch is not self._image_batch:
             self._run.replace_images(self._view(image_batch))
         self._image_batch = image_batch

@@ -191,7 +191,9 @@ class Sampler(Generic[Config, State]):
             )
         return number
 
-    def make_grid(self, contents: str, bytes_per_cell: float, tile: int = 1, min_tile_side: int = 1, levels: int = 0) -> Grid:
+    def make_grid(
+        self, contents: str, bytes_per_cell: float, tile: int = 1, min_tile_side: int = 1, levels: int = 0
+    ) -> Grid:
         """Make the grid of a map over the images, with larger cells where the map would take too much memory.
 
         Args:
@@ -264,5 +266,3 @@ def pixel_centres(images: TrainingImages, batch: MiningBatch) -> PixelSamples:
     indices = batch.indices.to(images.device)
     samples = images.as_samples(indices[:, 0], indices[:, 1:] + 0.5)
     return samples._replace(density_ratio=batch.density_ratio.to(images.device))
-
-

@@ -166,7 +166,5 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
         ratio = shrunk_ratio(observed, predicted, self.grid.tile_parents(), prior_strength)
         factors = ratio.nan_to_num(1.0).clamp(1 / MAX_RATIO, MAX_RATIO).pow(self.config.error_exponent)
         interval = max(int(state.interval * INTERVAL_GROWTH), state.interval + 1)
-        state = state._replace(
-            interval=interval, steps=0, seen=state.seen.mul_(DECAY), factors=factors, ahead=None
-        )
+        state = state._replace(interval=interval, steps=0, seen=state.seen.mul_(DECAY), factors=factors, ahead=None)
         return self.rebuild(state)

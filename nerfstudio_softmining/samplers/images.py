@@ -192,9 +192,7 @@ class TrainingImages:
             return torch.ones_like(row)
         return ((torch.pi * (row + 0.5) / self.height[cache_index]).sin() * SOLID_ANGLE).round().long()
 
-    def integer_weight(
-        self, cache_index: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]
-    ) -> Int64[Tensor, " n"]:
+    def integer_weight(self, cache_index: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]) -> Int64[Tensor, " n"]:
         """Return the integer weight of valid pixels in a uniform draw: 1, or their solid angle."""
         return self._solid_angle(cache_index, pixels[..., 0])
 
@@ -236,9 +234,7 @@ class TrainingImages:
         jitter = torch.empty_like(corner).uniform_(0.001, 0.999, generator=self.generator)
         return self.as_samples(self.image_index[cache_index], corner + jitter)
 
-    def as_samples(
-        self, image_index: Int64[Tensor, " n"], position: Float[Tensor, "n 2"]
-    ) -> PixelSamples:
+    def as_samples(self, image_index: Int64[Tensor, " n"], position: Float[Tensor, "n 2"]) -> PixelSamples:
         """Return given positions as samples with a density ratio of 1."""
         ratio = torch.ones(len(position), device=position.device)
         return PixelSamples(image_index, position, ratio, torch.zeros_like(ratio, dtype=torch.bool))

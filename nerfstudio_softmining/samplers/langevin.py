@@ -105,6 +105,10 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
         chains = PixelSamples(*take(state.chains, slice(num_chains)))
         return Samples(concatenate(chains, self.images.uniform(num_uniform)), num_uniform), state
 
+    def step_scale(self, samples: PixelSamples) -> Float[Tensor, "n k"]:
+        """Return the unit of drift and noise in pixels: the side of each chain's image, so that steps are isotropic."""
+        return self.images.side(samples)
+
     def update(self, state: LangevinState, batch: MiningBatch, applied: Tensor | bool) -> LangevinState:
         count = len(batch.indices) - batch.num_uniform
         if count == 0:
@@ -125,14 +129,14 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
                 batch.weighted_error.grad[:count],
                 batch.weighted_error.detach()[:count],
             ).to(device)
-        side, domain = self.images.side(samples), _Images(self, state.reserve)
+        scale, domain = self.step_scale(samples), _Images(self, state.reserve)
         moved, _ = langevin.step(
             chains,
             gradient,
             batch.importance[:count].to(device) * solid_angle,
             domain,
-            drift=self.config.drift * side.square(),
-            noise=self.config.noise * side,
+            drift=self.config.drift * scale.square(),
+            noise=self.config.noise * scale,
             reinit_fraction=self.config.reinit_fraction,
             generator=self.context.generator,
         )

@@ -60,9 +60,7 @@ def samplers(scenes: bool = False) -> dict[str, SamplerSpec]:
     """
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    return {
-        name: spec for name, spec in sorted(_specs.items()) if not (scenes and spec.sampler.needs_residual)
-    }
+    return {name: spec for name, spec in sorted(_specs.items()) if not (scenes and spec.sampler.needs_residual)}
 
 
 def parse(text: str) -> tuple[str, list[str]]:

@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     is_method = name.startswith("softmining_")
     try:
-        module = importlib.import_module(f"nerfstudio_softmining.{'methods' if is_method else 'dataparsers'}")
+        module = importlib.import_module(f"nerfstudio_softmining.plugin.{'methods' if is_method else 'dataparsers'}")
         return getattr(module, name)
     except Exception as error:
         return _unavailable(name.replace("_", "-"), error) if is_method else None
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
 def _unavailable(name: str, error: Exception) -> Any:
     try:
-        from nerfstudio_softmining.unavailable import unavailable_method
+        from nerfstudio_softmining.plugin.unavailable import unavailable_method
 
         return unavailable_method(name, error)
     except Exception:  # a nerfstudio whose own modules have moved

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 
-from nerfstudio_softmining.models.mixin import SoftMiningConfig, SoftMiningMixin
+from nerfstudio_softmining.plugin.model import SoftMiningConfig, SoftMiningMixin
 
 
 @dataclass

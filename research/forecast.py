@@ -1,6 +1,6 @@
 """How well the error of a pixel can be told beforehand, without evaluating it.
 
-    python -m nerfstudio_softmining.images.forecast PHOTO --at 300 1000
+    python research/forecast.py PHOTO --at 300 1000
 
 Fits a field, and at some iterations compares the true Q of all pixels with what a sampler could know: the contrast of
 the photograph, the mean Q around the pixel, and what was seen of the pixel itself when it was last drawn. Prints the
@@ -23,11 +23,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
 from nerfstudio_softmining.mining import priors
+from nerfstudio_softmining.plugin import compat
 
 SMALL = 1e-3
 """Added to an error before its logarithm is taken."""

@@ -1,6 +1,6 @@
 """Time of a step of image fitting, stage by stage, for several samplers in turn.
 
-    python -m nerfstudio_softmining.images.cost PHOTO --samplers uniform langevin edge
+    python research/image_cost.py PHOTO --samplers uniform langevin edge
 
 Steps of the samplers alternate, so that whatever else the machine does falls on all of them alike. The backward pass is
 cut in two at the features of the hash grid. Means have their share of what is done once for many steps.
@@ -22,10 +22,10 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
+from nerfstudio_softmining.plugin import compat
 
 STAGES = ("draw", "look up", "encode", "network", "loss", "network back", "encode back", "optimizer", "update")
 WARM_UP = 10

@@ -14,9 +14,9 @@ from nerfstudio.models.base_model import Model
 from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor, nn
 
-from nerfstudio_softmining import compat
-from nerfstudio_softmining.data.datamanager import RAY_OFFSETS, SoftMiningDataManager
 from nerfstudio_softmining.errors import UserError, naming_flags
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.datamanager import RAY_OFFSETS, SoftMiningDataManager
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.samplers.base import MiningBatch

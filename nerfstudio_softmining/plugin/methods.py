@@ -16,10 +16,10 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from nerfstudio_softmining import compat
-from nerfstudio_softmining.data.datamanager import SoftMiningDataManagerConfig
-from nerfstudio_softmining.data.llff_dataparser import LLFFDataParserConfig
-from nerfstudio_softmining.models.nerfacto import SoftMiningNerfactoModelConfig
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManagerConfig
+from nerfstudio_softmining.plugin.llff_dataparser import LLFFDataParserConfig
+from nerfstudio_softmining.plugin.nerfacto import SoftMiningNerfactoModelConfig
 
 EXACT_CAMERAS = {"camera_optimizer": CameraOptimizerConfig(mode="off"), "use_appearance_embedding": False}
 """What the paper's two data sets have in common: exact cameras and one exposure."""

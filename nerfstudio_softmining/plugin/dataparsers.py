@@ -2,7 +2,7 @@
 
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 
-from nerfstudio_softmining.data.llff_dataparser import LLFFDataParserConfig
+from nerfstudio_softmining.plugin.llff_dataparser import LLFFDataParserConfig
 
 llff = DataParserSpecification(
     config=LLFFDataParserConfig(),

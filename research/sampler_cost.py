@@ -1,6 +1,6 @@
 """Time and memory of a step of each sampler, against the number of training images.
 
-    python -m nerfstudio_softmining.bench.cost --images 10 100 1000 10000 --size 400 400
+    python research/sampler_cost.py --images 10 100 1000 10000 --size 400 400
 
 Draws and updates with made-up feedback, so that rendering does not count (for `multinomial`, whose price that is, only
 its draws do). All images share one photograph's worth of memory, so that their number is bounded by what samplers
@@ -22,9 +22,9 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from nerfstudio_softmining import compat
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
-from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.samplers.base import MiningBatch
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Cost:
     """Rays of a batch."""
     steps: int = 150
     """Steps that are timed, after 10 that are not."""
-    kinds: tuple[str, ...] = tuple(STRATEGIES)
+    kinds: tuple[str, ...] = tuple(kind for kind, spec in SPECS.items() if not spec.sampler.is_uniform)
     """Kinds of samplers."""
     masked: bool = False
     """Give the images masks."""
@@ -51,9 +51,8 @@ def make_sampler(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple
     """A sampler, and a batch of images for it."""
     config = MiningPixelSamplerConfig(kind=kind, num_rays_per_batch=cost.rays)  # type: ignore[arg-type]
     config.multinomial.refresh = 1 << 30
-    sampler = MiningPixelSampler(config)
-    sampler.training, sampler.num_images = True, num_images
-    sampler.evaluate = lambda indices: torch.ones(len(indices), device=cost.device)
+    sampler = MiningPixelSampler(config, num_images, lambda indices: torch.ones(len(indices), device=cost.device))
+    sampler.training = True
     batch = {"image": image.expand(num_images, -1, -1, -1), "image_idx": torch.arange(num_images)}
     if cost.masked:
         batch["mask"] = (image[..., :1] > 0.2).expand(num_images, -1, -1, -1)
@@ -72,7 +71,7 @@ def make_feedback(mining: MiningBatch) -> MiningBatch:
 
 
 def memory(thing: Any, found: dict[int, int] | None = None) -> int:
-    """Bytes of all tensors that a strategy holds, but for the images."""
+    """Count the bytes of all tensors that a sampler holds, but for the images."""
     found = {} if found is None else found
     if isinstance(thing, Tensor):
         found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
@@ -83,7 +82,7 @@ def memory(thing: Any, found: dict[int, int] | None = None) -> int:
         for part in thing:
             memory(part, found)
     elif type(thing).__module__.startswith("nerfstudio_softmining"):
-        memory({k: v for k, v in vars(thing).items() if k not in ("values", "_mask", "surroundings", "config")}, found)
+        memory({k: v for k, v in vars(thing).items() if k not in ("values", "_mask", "context", "config")}, found)
     return sum(found.values())
 
 
@@ -126,7 +125,7 @@ def measure(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[str,
         synchronize(cost.device)
         durations.append(drawn + time.perf_counter() - start)
     milliseconds = 1000 * np.array(durations[10:])
-    size = memory(sampler.strategy) / (num_images * cost.size[0] * cost.size[1])
+    size = memory(sampler.run) / (num_images * cost.size[0] * cost.size[1])
     numbers = (f"{set_up:.1f}", f"{np.median(milliseconds):.2f}", f"{np.mean(milliseconds):.2f}", f"{size:.3f}")
     return (*numbers, count_waits(sampler, batch, cost.device))
 

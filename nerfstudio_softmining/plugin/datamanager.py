@@ -18,9 +18,9 @@ from nerfstudio.model_components.ray_generators import RayGenerator
 from nerfstudio.utils import comms
 from torch import Tensor
 
-from nerfstudio_softmining import compat
-from nerfstudio_softmining.data.dataset import ByteImages, ImageCache, SoftMiningDataset
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, SoftMiningDataset
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.samplers.base import MiningBatch
 
@@ -141,7 +141,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)  # pyright: ignore[reportArgumentType]
         if isinstance(sampler, MiningPixelSampler):
             background = dataset._dataparser_outputs.alpha_color
-            return MiningPixelSampler(sampler.config, len(dataset), self._importance, background, **sampler.kwargs)
+            return type(sampler)(sampler.config, len(dataset), self._importance, background, **sampler.kwargs)
         return sampler
 
     def next_train(self, step: int) -> tuple[RayBundle, dict]:
