@@ -412,7 +412,7 @@ def test_a_batch_too_small_is_named_with_advice_that_helps(rays, share):
     sampler = make_sampler(rays, uniform_fraction=share, reinit_fraction=0.0)
     with pytest.raises(UserError, match=rf"train-num-rays-per-batch is {rays}.*") as error:
         sampler.sample(Case().batch())
-    sampler.set_num_rays_per_batch(int(re.search(r"batch to (\d+)", str(error.value))[1]))
+    sampler.set_num_rays_per_batch(int(re.search(r"Set it to (\d+)", str(error.value))[1]))
     sampler.sample(Case().batch())
 
 

@@ -57,8 +57,8 @@ def sobel(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
 def local_deviation(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     """Compute the standard deviation of the colours in 3 x 3 pixels, in [0, 0.5] for values in [0, 1].
 
-    This is the prior of Zhang et al., "Fast Learning Radiance Fields by Shooting Much Fewer Rays", TIP 2023. The border is
-    replicated.
+    This is the prior of Zhang et al., "Fast Learning Radiance Fields by Shooting Much Fewer Rays", TIP 2023. The border
+    is replicated.
 
     >>> import torch
     >>> step = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4)[..., None]
