@@ -199,13 +199,12 @@ def test_multinomial_cells_have_the_importance_of_one_pixel_each(name):
 
 def test_multinomial_evaluates_all_kept_pixels_at_each_refresh_and_nothing_between():
     case, asked = CASES["masked list"], []
-    sampler, batch = prepared("multinomial", case, refresh=4), case.batch()
 
     def evaluate(indices: Tensor) -> Tensor:
         asked.append((number, indices))
         return q_of(indices) + number
 
-    sampler.evaluate = evaluate
+    sampler, batch = prepared("multinomial", case, refresh=4, importance=evaluate), case.batch()
     for number in range(13):  # noqa: B007
         step(sampler, batch)
     assert [when for when, _ in asked] == [0, 4, 8, 12]
@@ -657,7 +656,7 @@ def test_cells_become_larger_where_memory_is_scarce(kind, name, capsys):
     assert said.count("map_memory") == 1 and "instead of 2 x 2" in said
     density = sampler.run.sampler.start_density if kind == "langevin" else density_of(sampler)
     side = density.grid.cell_size
-    per_cell = 3.75 if kind == "detail" else dens.bytes_per_entry(2 if kind == "quadtree" else 1)
+    per_cell = 3.0 if kind == "detail" else dens.bytes_per_entry(2 if kind == "quadtree" else 1)
     assert num_pixels / side**2 * per_cell <= budget < num_pixels / (side - 1) ** 2 * per_cell
     if kind == "langevin":
         samples, law = density.draw(20_000), case.edges(side)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +12,7 @@ from torch import Tensor
 def shrunk_ratio(
     observed: Float[Tensor, " tiles"],
     predicted: Float[Tensor, " tiles"],
-    parents: Sequence[Int64[Tensor, " _"]],
+    parents: Iterable[Int64[Tensor, " _"]],
     prior_strength: Float[Tensor, ""] | float,
 ) -> Float[Tensor, " tiles"]:
     """Estimate the ratio of observed to predicted error of each tile.
@@ -34,6 +34,7 @@ def shrunk_ratio(
     >>> shrunk_ratio(torch.tensor([6.0, 0.0]), torch.tensor([2.0, 0.0]), [torch.tensor([0, 0])], prior_strength=2.0)
     tensor([3., 3.])
     """
+    parents = list(parents)
     sums = [torch.stack((observed, predicted))]
     # the number of the largest tiles is not known: there are at most as many as those of the level below
     for parent, count in zip(parents, [*map(len, parents[1:]), len(parents[-1])], strict=True):

@@ -211,6 +211,11 @@ class PixelDensity:
         """Return the same density with other factors of its tiles."""
         return PixelDensity(self.grid, dens.with_factors(self.table, factors))
 
+    def without_factors(self) -> PixelDensity:
+        """Return the weights alone, which [with_factors][] makes a density again. Takes 12 bytes a tile less."""
+        table = self.table._replace(factors=self.table.factors[:0].clone(), ends=self.table.ends[:0].clone())
+        return PixelDensity(self.grid, table)
+
     def draw(self, count: int, stratified: bool = False) -> PixelSamples:
         """Draw pixels with their densities p / u.
 
