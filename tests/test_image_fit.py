@@ -372,7 +372,7 @@ def test_batches_may_be_tiny(sampler, batch):
 @pytest.mark.parametrize(
     ("sampler", "words"),
     [
-        ("nonsense", "--samplers has 'nonsense'.* uniform, .*langevin"),
+        ("nonsense", "--samplers has 'nonsense'.* langevin, .*uniform"),
         ("", "--samplers"),
         ("langevin,nonsense=1", "nonsense=1"),
         ("langevin,drift", "'drift'"),

@@ -20,9 +20,9 @@ from torch.amp.grad_scaler import GradScaler
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import methods
-from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, STRATEGIES
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS
 
-KINDS = ("uniform", *STRATEGIES)
+KINDS = tuple(SPECS)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ class Training:
 
     @property
     def pool(self):
-        return self.pipeline.datamanager.train_pixel_sampler.strategy.pool
+        return self.pipeline.datamanager.train_pixel_sampler.run.state.chains
 
     def step(self, spoil: float = 1.0, autocast: bool = False) -> None:
         self.pipeline.train()
@@ -120,21 +120,23 @@ def test_every_kind_trains(scene, kind):
     training = Training(scene, kind=kind)
     for _ in range(4):
         training.step()
-    assert training.last.importance.isfinite().all() and (training.last.density > 0).any()
+    assert training.last.importance.isfinite().all() and (training.last.density_ratio > 0).any()
     assert (training.last.coords is not None) == (kind == "langevin")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "uniform"])
-def test_rays_are_weighed_by_their_density_if_asked_for(scene, kind):
-    for reweighted in (False, True):
+def test_rays_are_weighted_by_their_density_if_asked_for(scene, kind):
+    for weighted in (False, True):
         training = Training(scene, kind=kind)
         sampler = training.pipeline.datamanager.train_pixel_sampler
-        sampler.config.of_kind(kind).reweighted = reweighted
-        sampler.config.of_kind(kind).alpha_warmup = 0
+        sampler.config.config_for(kind).importance_weighted = weighted
+        sampler.config.config_for(kind).alpha_warmup = 0
         training.step()
         mining = training.last
-        known = ~mining.density.isnan()
-        weights = mining.density.pow(-0.6) if reweighted else torch.ones_like(mining.density)
+        known = torch.ones(len(mining.indices), dtype=torch.bool)
+        if mining.follows_importance is not None:
+            known = ~mining.follows_importance
+        weights = mining.density_ratio.pow(-0.6) if weighted else torch.ones_like(mining.density_ratio)
         torch.testing.assert_close(mining.weighted_error[known], (weights * mining.error)[known])
 
 
@@ -144,10 +146,10 @@ def test_evaluating_all_pixels_gives_their_importance_and_leaves_the_training_as
     sampler, model = training.pipeline.datamanager.train_pixel_sampler, training.pipeline.model
     indices = training.last.indices
     before, proposals = torch.get_rng_state(), model.get_extra_state()
-    importance = sampler.evaluate(indices)
+    importance = training.pipeline.datamanager._importance(indices)
     assert torch.equal(torch.get_rng_state(), before) and model.get_extra_state() == proposals
     outputs = model(training.pipeline.datamanager.train_ray_generator(indices))
-    expected = (outputs["rgb"] - sampler.at(indices)["image"]).abs().mean(dim=-1)
+    expected = (outputs["rgb"] - sampler.batch_at(indices)["image"]).abs().mean(dim=-1)
     # samples along a ray are jittered
     assert torch.corrcoef(torch.stack((importance, expected.detach())))[0, 1] > 0.9
 
@@ -188,7 +190,7 @@ def test_alpha_of_zero_is_the_models_own_loss(scene):
     training.pipeline.train()
     outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
     mining = training.pipeline.datamanager._mining_batch
-    colours = training.pipeline.datamanager.train_pixel_sampler.at(mining.indices)["image"]
+    colours = training.pipeline.datamanager.train_pixel_sampler.batch_at(mining.indices)["image"]
     torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], colours))
 
 

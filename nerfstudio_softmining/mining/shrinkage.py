@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 
 def shrunk_ratio(
     observed: Float[Tensor, " tiles"],
     predicted: Float[Tensor, " tiles"],
-    parents: Iterable[Int64[Tensor, " _"]],
+    parents: Iterable,
     prior_strength: Float[Tensor, ""] | float,
 ) -> Float[Tensor, " tiles"]:
     """Estimate the ratio of observed to predicted error of each tile.
@@ -23,7 +23,7 @@ def shrunk_ratio(
     Args:
         observed: sum of the errors observed in each tile.
         predicted: sum of their predictions.
-        parents: for each level but the largest tiles, the index of the parent of each tile.
+        parents: for each level but the largest tiles, the index [tiles of that level] of the parent of each tile.
         prior_strength: sum of predictions at which a tile's own ratio counts as much as its parent's.
 
     Returns:
