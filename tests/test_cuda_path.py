@@ -215,7 +215,8 @@ def test_costs_are_measured_on_the_device_that_is_asked_for(monkeypatch):
     """On CUDA without the deterministic kernels that the CPU needs, whose warnings would count as waits."""
     monkeypatch.setattr(sampler_cost.compat, "prepare_cpu", lambda: pytest.fail("the CPU was prepared"))
     with VirtualDevice():
-        sampler_cost.main(sampler_cost.Cost(images=(3,), size=(16, 16), rays=64, steps=2, kinds=("detail",), device=DEVICE.type))
+        cost = sampler_cost.Cost(images=(3,), size=(16, 16), rays=64, steps=2, kinds=("detail",), device=DEVICE.type)
+        sampler_cost.main(cost)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only the virtual one is tested")

@@ -20,7 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import methods
-from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler
 
 KINDS = tuple(SPECS)
 
@@ -159,6 +159,8 @@ def test_uniform_sampling_is_nerfactos_own(scene):
     training = Training(scene, kind="uniform")
     training.pipeline.train()
     torch.manual_seed(3)
+    made = []
+    training.pipeline.model.register_forward_pre_hook(lambda module, inputs: made.append(inputs[0]))
     outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
     ours = training.pipeline.datamanager.config
     random.seed(0)
@@ -167,7 +169,7 @@ def test_uniform_sampling_is_nerfactos_own(scene):
     rays, batch = stock.next_train(5000)
     mining = training.pipeline.datamanager._mining_batch
     assert torch.equal(batch["indices"], mining.indices)
-    assert torch.equal(rays.directions, mining.directions) and torch.equal(rays.origins, mining.origins)
+    assert torch.equal(rays.directions, made[0].directions) and torch.equal(rays.origins, made[0].origins)
     torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], batch["image"]))
 
 
@@ -176,10 +178,11 @@ def test_cached_bytes_become_the_colours_that_nerfstudio_loads(scene, alpha_colo
     training = Training(scene)
     manager = training.pipeline.datamanager
     stock = InputDataset(replace(manager.train_dataparser_outputs, alpha_color=alpha_color and torch.ones(3)))
-    manager.train_pixel_sampler.background = alpha_color and torch.ones(3)
-    manager.train_pixel_sampler.training = True
+    config, background = manager.config.pixel_sampler, alpha_color and torch.ones(3)
+    sampler = MiningPixelSampler(config, len(manager.train_dataset), background=background)
+    sampler.training = True
     cached = next(manager.iter_train_image_dataloader)
-    batch = manager.train_pixel_sampler.sample(cached)
+    batch = sampler.sample(cached)
     assert cached["image"].dtype == torch.uint8
     expected = [stock[image]["image"][row, column] for image, row, column in batch["indices"].tolist()]
     assert torch.equal(batch["image"], torch.stack(expected))
