@@ -15,10 +15,10 @@ from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConf
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.depth_dataset import DepthDataset
 
-from nerfstudio_softmining import methods
-from nerfstudio_softmining.data.dataset import NamesBrokenFiles, SoftMiningDataset
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import methods
+from nerfstudio_softmining.plugin.dataset import NamesBrokenFiles, SoftMiningDataset
 
 
 class DepthImages(NamesBrokenFiles, DepthDataset):

@@ -18,9 +18,9 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.scripts.train import _set_random_seed
 from torch import Tensor
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
 
 METRICS = ("psnr", "ssim", "lpips")
 

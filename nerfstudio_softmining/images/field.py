@@ -10,9 +10,9 @@ from jaxtyping import Float
 from nerfstudio.field_components.mlp import MLP
 from torch import Tensor, nn
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images.config import FitConfig
+from nerfstudio_softmining.plugin import compat
 
 PRIME = -1640531535
 """2654435761 of the spatial hash, as a 32-bit integer."""

@@ -18,7 +18,6 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.bench.results import Results
 from nerfstudio_softmining.errors import UserError
@@ -37,6 +36,7 @@ from nerfstudio_softmining.images.fit import (
     save,
 )
 from nerfstudio_softmining.images.photo import Photo
+from nerfstudio_softmining.plugin import compat
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 LIVE = 100
