@@ -214,9 +214,9 @@ def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
     flags += ("--pipeline.datamanager.pixel-sampler.kind", "langevin")
     user_scene(tmp_path)
     train(runs, tmp_path, "full", 3, *flags, method="softmining-nerfacto", vis="viewer+tensorboard")
-    pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"][
-        "run"
-    ]["state"]["chains"]
+    pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"]["run"][
+        "state"
+    ]["chains"]
     assert len(pool["image_index"]) == 256 - 26
 
 

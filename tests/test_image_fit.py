@@ -550,9 +550,7 @@ def test_no_start_is_given_twice_and_a_resumed_sampler_gives_the_same(sizes, sto
             given.append(propose(fit, size).position)
             assert len(given[-1]) == size
         plain = steps(make_fit("langevin", batch=40), 1)
-        assert all(
-            torch.equal(one, propose(plain, size).position) for one, size in zip(given, sizes, strict=True)
-        )
+        assert all(torch.equal(one, propose(plain, size).position) for one, size in zip(given, sizes, strict=True))
     everything = torch.cat(given)
     assert len(everything.unique(dim=0)) == len(everything)
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import rich
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nerfstudio_softmining.errors import SettingError
@@ -64,10 +64,10 @@ class MiningBatch:
     """Image (as counted by the data set), row and column of each ray."""
     density_ratio: Float[Tensor, " rays"]
     """Density p / u that each ray was drawn with; without meaning where it follows the importance."""
-    follows_importance: Tensor | None
-    """Whether each ray [rays] was drawn in proportion to the importance; None if none was."""
     num_uniform: int
     """Number of uniform rays, which are the last of the batch."""
+    follows_importance: Bool[Tensor, " rays"] | None = None
+    """Whether each ray was drawn in proportion to the importance; None if none was."""
     importance_weighted: bool = True
     """Whether rays are weighted by their density (eq. 9)."""
     alpha_warmup: int = 0

@@ -92,8 +92,8 @@ class SamplerRun:
         return MiningBatch(
             pixels.indices,
             pixels.density_ratio,
-            pixels.follows_importance,
             samples.num_uniform,
+            pixels.follows_importance,
             config.importance_weighted,
             config.alpha_warmup,
             **fields,
