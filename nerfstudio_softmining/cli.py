@@ -11,13 +11,13 @@ import tyro
 from nerfstudio_softmining.images.config import FitConfig
 
 
-def demo(output: Path = Path("softmining_demo"), iterations: int = 1000, seed: int = 42) -> int:
-    """Train on a small scene that is rendered here, and show what comes out: a few minutes on two CPU cores.
+def demo(output: Path = Path("softmining_demo"), iterations: int = 500, seed: int = 42) -> int:
+    """Train on a small scene with uniform rays and with soft mining, and show both: a few minutes on two CPU cores.
 
     Args:
         output: Folder for everything that the demo writes.
-        iterations: Training steps.
-        seed: Seed of the training.
+        iterations: Training steps of each.
+        seed: Seed of both trainings.
     """
     from nerfstudio_softmining.demo.demo import run_demo
 

@@ -175,7 +175,8 @@ def why_unusable(entry: EntryPoint) -> str:
         return one_line(error)
     if specification is None:
         return "cannot be imported"
-    return getattr(specification.config, "reason", "")  # of a stand-in, see unavailable.py
+    config = getattr(specification, "config", None)
+    return getattr(config, "reason", "")  # of a stand-in, see unavailable.py
 
 
 def check_open3d() -> Row:

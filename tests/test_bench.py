@@ -261,7 +261,9 @@ def test_gains_over_all_scenes_are_those_over_the_same_seed_where_all_scenes_hav
     alone = [run for run in runs if run["scene"] == "a"]
     assert report.gains(alone) is None
     text = rendered(report.same_seed(alone, "edge", "Gain"))
-    uniform, mapped = (next(line for line in text.splitlines() if name in line) for name in ("| uniform", "| error-map"))
+    uniform, mapped = (
+        next(line for line in text.splitlines() if f"| {name}" in line) for name in ("uniform", "error-map")
+    )
     assert uniform.count("-0.50 ± 0.00") == 2 and mapped.count("0.50 ± 0.00") == 2 and "| edge" not in text
     assert any("Gain over uniform" in str(table.title) for table in report.tables((), alone))
 

@@ -57,7 +57,7 @@ def test_every_parameter_has_its_line_of_help(capsys: pytest.CaptureFixture[str]
         patch.setattr(sys, "argv", ["softmining", "demo", "--help"])
         cli.main()
     text = capsys.readouterr().out
-    for told in ("--output", "--iterations", "--seed", "Folder for everything", "Training steps", "Seed of"):
+    for told in ("--output", "--iterations", "--seed", "Folder for everything", "Training steps of", "Seed of"):
         assert told in text
 
 
@@ -136,27 +136,17 @@ def test_progress_is_read_from_what_nerfstudio_writes(capsys: pytest.CaptureFixt
     assert [int(match.group(1)) for match in steps if match] == [0, 250, 1250]
 
 
-def test_nothing_of_an_earlier_demo_is_lost(tmp_path: Path) -> None:
-    from rich.console import Console
-
-    for round_ in range(3):
-        places = demo.Places(tmp_path, demo.fresh_run_name(tmp_path))
-        demo.keep_earlier_results(places, Console(quiet=True))
-        assert not any(path.exists() for path in places.results)
-        places.run.mkdir(parents=True)
-        places.pictures.mkdir()
-        places.numbers.write_text(str(round_))
-        (places.pictures / "picture.png").write_text(str(round_))
-    assert sorted(path.name for path in places.run.parent.iterdir()) == ["run", "run-2", "run-3"]
-    kept = [tmp_path / "earlier" / "1", tmp_path / "earlier" / "2", tmp_path]
-    assert [(folder / "eval.json").read_text() for folder in kept] == ["0", "1", "2"]
-    assert [(folder / "pictures" / "picture.png").read_text() for folder in kept] == ["0", "1", "2"]
+def test_nothing_of_an_earlier_demo_is_overwritten(tmp_path: Path) -> None:
+    for name in ("run", "run-2", "run-3"):
+        folder = demo.fresh_folder(tmp_path)
+        assert folder == tmp_path / name and not list(folder.iterdir())
+        (folder / "kept").touch()
 
 
 def test_rays_are_drawn_from_the_last_checkpoint(tmp_path: Path) -> None:
     """As the sampler has learnt to: where errors were large, although all images look the same."""
-    places = demo.Places(tmp_path, "run")
-    folder = places.run / "nerfstudio_models"
+    training = demo.Training("soft-mining", tmp_path)
+    folder = training.run / "nerfstudio_models"
     folder.mkdir(parents=True)
     images = [np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)] * 3
     sampler, batch = make_sampler(200, 3, kind=MiningPixelSamplerConfig().kind), {"image_idx": torch.arange(3)}
@@ -167,7 +157,7 @@ def test_rays_are_drawn_from_the_last_checkpoint(tmp_path: Path) -> None:
     state = {"pipeline": {"datamanager._extra_state": {"sampler": sampler.state_dict()}}}
     (folder / "step-000000499.ckpt").write_text("an older one")
     torch.save(state, folder / "step-000000999.ckpt")
-    indices = demo.next_rays(places.checkpoint, images)
+    indices = demo.next_rays(training.checkpoint, images)
     counts = np.bincount(indices[:, 0], minlength=3)
     assert len(indices) == demo.SHOWN_RAYS and counts[1] > 0.8 * len(indices)
     figure = demo.rays_figure(images, indices)

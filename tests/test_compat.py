@@ -60,7 +60,18 @@ def test_sources_of_randomness_go_on_through_a_checkpoint(tmp_path):
     assert [draw() for _ in range(3)] == expected
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "add_safe_globals"), reason="torch before 2.4 loads no numpy scalars safely"
+)
 def test_numpy_scalars_load_safely(tmp_path):
     torch.save({"lr": np.float64(0.01)}, tmp_path / "state")
     compat.allow_numpy_scalars_in_checkpoints()
     assert torch.load(tmp_path / "state", weights_only=True) == {"lr": 0.01}
+
+
+def test_adam_steps_fused_or_not():
+    parameter = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.Adam([parameter], 0.1, fused=compat.has_fused_adam("cpu"))
+    parameter.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.9))

@@ -44,7 +44,7 @@ from sampler_cases import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import density as dens
@@ -687,8 +687,8 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given_in = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
+        given_in = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
+        for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given_in:
                 self.count += tensor.numel()
         return result

@@ -51,6 +51,8 @@ class VirtualTensor(Tensor):
     """A tensor that says it is on [DEVICE][] and computes on the CPU."""
 
     values: Tensor
+    # without it torch 2.1 makes results on the host, such as those of `.cpu()`, tensors of this class
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
     def __new__(cls, values: Tensor) -> VirtualTensor:

@@ -1,4 +1,4 @@
-"""`softmining demo`: a whole training on a scene of its own, through nerfstudio's commands, and pictures of it."""
+"""`softmining demo`: uniform rays and soft mining side by side, on a scene of its own, by nerfstudio's commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from nerfstudio_softmining.demo.scene import ensure_scene, image_files
 from nerfstudio_softmining.errors import UserError
 
 METHOD = "softmining-nerfacto-lite-blender"
-EXPERIMENT = "demo"
+LABELS = {"uniform": "uniform rays", "soft-mining": "soft mining"}
+"""What is trained, and what pictures call it."""
 TAIL_LINES = 15
 """Lines of a failed command's log that are shown."""
 ERROR_SCALE = 0.3
@@ -51,28 +52,18 @@ Image8 = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where one demo keeps its files."""
+class Training:
+    """One training of a demo, and where its files are."""
 
-    output: Path
-    """Folder of everything."""
-    run_name: str
-    """Name of the training run, nerfstudio's `--timestamp`."""
-
-    @property
-    def scene(self) -> Path:
-        """The data set."""
-        return self.output / "scene"
-
-    @property
-    def runs(self) -> Path:
-        """nerfstudio's `--output-dir`."""
-        return self.output / "outputs"
+    name: str
+    """Key of [LABELS][]."""
+    folder: Path
+    """Folder of the demo's results."""
 
     @property
     def run(self) -> Path:
-        """Folder of the training run."""
-        return self.runs / EXPERIMENT / METHOD / self.run_name
+        """nerfstudio's folder of the run."""
+        return self.folder / self.name / METHOD / "run"
 
     @property
     def config(self) -> Path:
@@ -85,121 +76,99 @@ class Places:
         return max((self.run / "nerfstudio_models").glob("step-*.ckpt"))
 
     @property
-    def train_log(self) -> Path:
-        """All that ns-train prints."""
-        return self.output / "train.log"
-
-    @property
-    def eval_log(self) -> Path:
-        """All that ns-eval prints."""
-        return self.output / "eval.log"
+    def renders(self) -> Path:
+        """What ns-eval renders."""
+        return self.folder / self.name / "eval_images"
 
     @property
     def numbers(self) -> Path:
-        """What ns-eval has measured."""
-        return self.output / "eval.json"
+        """What ns-eval measures."""
+        return self.folder / self.name / "eval.json"
 
-    @property
-    def renders(self) -> Path:
-        """What ns-eval has rendered."""
-        return self.output / "eval_images"
-
-    @property
-    def pictures(self) -> Path:
-        """Pictures to look at."""
-        return self.output / "pictures"
-
-    @property
-    def results(self) -> list[Path]:
-        """All that the next demo in the same folder would overwrite."""
-        return [self.train_log, self.eval_log, self.numbers, self.renders, self.pictures]
+    def log(self, script: str) -> Path:
+        """All that a command prints."""
+        return self.folder / self.name / f"{script}.log"
 
 
 def run_demo(output: Path, iterations: int, seed: int) -> None:
-    """Render a scene, train on it, measure the result and draw it.
+    """Render a scene, train on it with uniform rays and with soft mining, and draw both beside the truth.
 
     Args:
-        output: Folder for everything; the scene of an earlier demo is used again, its results are kept.
-        iterations: Training steps.
-        seed: Seed of the training.
+        output: Folder for everything. The scene of an earlier demo is used again, its results are kept.
+        iterations: Training steps of each.
+        seed: Seed of both trainings.
+
+    Raises:
+        UserError: If an argument cannot be used, or a command of nerfstudio fails.
     """
     if iterations < 1:
-        raise UserError(f"--iterations is {iterations}: there must be at least 1. The demo is made for 1000.")
+        raise UserError(f"--iterations is {iterations}: there must be at least 1. The demo is made for 500.")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output is {output}, which is a file. Name a folder.")
     console = Console()
     output = output.resolve()  # the saved settings must lead to the scene from wherever they are loaded
-    output.mkdir(parents=True, exist_ok=True)
-    places = Places(output, fresh_run_name(output))
-    keep_earlier_results(places, console)
-    ensure_scene(places.scene)
-    seconds = train(places, iterations, seed, console)
-    evaluate(places, console)
-    draw_pictures(places)
-    report(places, iterations, seconds, console)
+    scene, folder = output / "scene", fresh_folder(output)
+    ensure_scene(scene)
+    trainings = [Training(name, folder) for name in LABELS]
+    seconds = [train(training, scene, iterations, seed, console) for training in trainings]
+    for training in trainings:
+        evaluate(training, console)
+    pictures = folder / "pictures"
+    draw_pictures(trainings, scene, pictures)
+    report(trainings, pictures, iterations, seconds, console)
 
 
-def fresh_run_name(output: Path) -> str:
-    """`run` in a new folder, else `run-2`, `run-3` and so on: a run is never written over."""
-    number, name = 1, "run"
-    while Places(output, name).run.exists():
+def fresh_folder(output: Path) -> Path:
+    """Make `run` in a new folder, else `run-2`, `run-3` and so on, so that no result is overwritten."""
+    number, folder = 1, output / "run"
+    while folder.exists():
         number += 1
-        name = f"run-{number}"
-    return name
-
-
-def keep_earlier_results(places: Places, console: Console) -> None:
-    """Move what an earlier demo in this folder has left beside its run out of the way, and say where to."""
-    found = [path for path in places.results if path.exists()]
-    if not found:
-        return
-    number = 1
-    while (kept := places.output / "earlier" / str(number)).exists():
-        number += 1
-    kept.mkdir(parents=True)
-    for path in found:
-        path.rename(kept / path.name)
-    console.print(f"The log, numbers and pictures of the demo before this one are now in {kept}", soft_wrap=True)
+        folder = output / f"run-{number}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------- nerfstudio's commands
 
 
-def train(places: Places, iterations: int, seed: int, console: Console) -> float:
+def train(training: Training, scene: Path, iterations: int, seed: int, console: Console) -> float:
     """Run ns-train.
 
     Returns:
         How long it took, in seconds, from start to end of the command.
     """
-    arguments = [METHOD, "--data", str(places.scene), "--output-dir", str(places.runs)]
-    arguments += ["--experiment-name", EXPERIMENT, "--timestamp", places.run_name]
+    arguments = [METHOD, "--data", str(scene), "--output-dir", str(training.folder)]
+    arguments += ["--experiment-name", training.name, "--timestamp", "run"]
     arguments += ["--max-num-iterations", str(iterations), "--machine.seed", str(seed)]
     arguments += ["--vis", "tensorboard"]  # with a viewer, nerfstudio waits for Ctrl-C after training
     arguments += ["--logging.local-writer.max-log-size", "0"]  # new lines, not a table redrawn in place
+    if training.name == "uniform":
+        arguments += ["--pipeline.datamanager.pixel-sampler.kind", "uniform"]
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("iterations,")]
     columns += [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("to go")]
+    training.log("train").parent.mkdir(parents=True)
     start = time.perf_counter()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("Training", total=iterations)
+        task = progress.add_task(f"Training with {LABELS[training.name]}", total=iterations)
 
         def advance(line: str) -> None:
             match = PROGRESS_LINE.match(line)
             if match:
                 progress.update(task, completed=int(match.group(1)))
 
-        run_logged("train", arguments, places.train_log, advance)
+        run_logged("train", arguments, training.log("train"), advance)
         progress.update(task, completed=iterations)
     return time.perf_counter() - start
 
 
-def evaluate(places: Places, console: Console) -> None:
+def evaluate(training: Training, console: Console) -> None:
     """Run ns-eval on the held-out views."""
-    arguments = ["--load-config", str(places.config), "--output-path", str(places.numbers)]
-    arguments += ["--render-output-path", str(places.renders)]
+    arguments = ["--load-config", str(training.config), "--output-path", str(training.numbers)]
+    arguments += ["--render-output-path", str(training.renders)]
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task("Rendering the held-out views")
-        run_logged("eval", arguments, places.eval_log, lambda line: None)
+        progress.add_task(f"Rendering the held-out views of {LABELS[training.name]}")
+        run_logged("eval", arguments, training.log("eval"), lambda line: None)
 
 
 def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[str], None]) -> None:
@@ -209,7 +178,7 @@ def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[
         script: Module in `nerfstudio.scripts`: `train` is ns-train.
         arguments: Its command line.
         log: File for all that it prints.
-        on_line: Is told each line while the command runs.
+        on_line: Called with each line while the command runs.
 
     Raises:
         UserError: If the command fails, with the end of its log.
@@ -246,16 +215,17 @@ def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-def draw_pictures(places: Places) -> None:
-    """Draw held-out views beside their renders, and where on the training images the sampler looks."""
-    places.pictures.mkdir()
-    views = sorted(places.renders.glob("eval_img_*.png"))
+def draw_pictures(trainings: list[Training], scene: Path, folder: Path) -> None:
+    """Draw held-out views beside their renders, and where on the training images soft mining draws its rays."""
+    folder.mkdir()
+    views = sorted(path.name for path in trainings[0].renders.glob("eval_img_*.png"))
     for view in np.unique(np.linspace(0, len(views) - 1, SHOWN_VIEWS + 2).astype(int)[1:-1]):
-        truth, render = np.split(read_rgb(views[view]), 2, axis=1)
-        comparison(truth, render).savefig(places.pictures / f"held_out_view_{view}.png", dpi=150)
-    images = [read_rgb(path) for path in image_files(places.scene, "train")]
-    indices = next_rays(places.checkpoint, images)
-    rays_figure(images, indices).savefig(places.pictures / "where_the_rays_go.png", dpi=150)
+        pairs = [np.split(read_rgb(training.renders / views[view]), 2, axis=1) for training in trainings]
+        renders = {LABELS[training.name]: render for training, (_, render) in zip(trainings, pairs, strict=True)}
+        comparison(pairs[0][0], renders).savefig(folder / f"held_out_view_{view}.png", dpi=150)
+    images = [read_rgb(path) for path in image_files(scene, "train")]
+    indices = next_rays(trainings[-1].checkpoint, images)
+    rays_figure(images, indices).savefig(folder / "where_the_rays_go.png", dpi=150)
 
 
 def read_rgb(path: Path) -> Image8:
@@ -288,26 +258,28 @@ def next_rays(checkpoint: Path, images: list[Image8]) -> NDArray[np.int64]:
     return sampler.sample(batch | {"image_idx": torch.arange(len(images))})["indices"].numpy()
 
 
-def comparison(truth: Image8, render: Image8) -> Figure:
-    """Truth, render and their difference side by side.
+def comparison(truth: Image8, renders: dict[str, Image8]) -> Figure:
+    """Draw truth and renders in a row, and the errors of the renders below.
 
     Args:
         truth: [height, width, 3].
-        render: [height, width, 3].
+        renders: Renders [height, width, 3] by their titles.
     """
-    difference = (truth.astype(np.float32) - render) / 255.0
-    psnr = -10.0 * np.log10(max(np.mean(difference**2), 1e-10))
-    figure = Figure(figsize=(10.6, 3.7), layout="constrained")
-    axes = figure.subplots(1, 3)
-    axes[0].imshow(truth)
-    axes[0].set_title("held-out view")
-    axes[1].imshow(render)
-    axes[1].set_title(f"render, {psnr:.1f} dB")
-    shown = axes[2].imshow(np.abs(difference).mean(-1), cmap="magma", vmin=0.0, vmax=ERROR_SCALE)
-    axes[2].set_title("absolute error")
-    figure.colorbar(shown, ax=axes[2], extend="max", label="mean over red, green, blue", shrink=0.9)
-    for axis in axes:
+    figure = Figure(figsize=(3.6 * (1 + len(renders)), 7.2), layout="constrained")
+    (first, *above), (empty, *below) = figure.subplots(2, 1 + len(renders))
+    first.imshow(truth)
+    first.set_title("held-out view")
+    shown = None
+    for upper, lower, (title, render) in zip(above, below, renders.items(), strict=True):
+        difference = (truth.astype(np.float32) - render) / 255.0
+        psnr = -10.0 * np.log10(max(np.mean(difference**2), 1e-10))
+        upper.imshow(render)
+        upper.set_title(f"{title}: {psnr:.1f} dB")
+        shown = lower.imshow(np.abs(difference).mean(-1), cmap="magma", vmin=0.0, vmax=ERROR_SCALE)
+    for axis in (first, empty, *above, *below):
         axis.set_axis_off()
+    assert shown is not None
+    figure.colorbar(shown, ax=empty, extend="max", label="absolute error, mean over channels", shrink=0.9)
     return figure
 
 
@@ -336,21 +308,20 @@ def rays_figure(images: list[Image8], indices: NDArray[np.int64]) -> Figure:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def report(places: Places, iterations: int, seconds: float, console: Console) -> None:
-    """Say how well it went, and where everything is."""
-    results = json.loads(places.numbers.read_text(encoding="utf-8"))["results"]
-    table = Table(title="Held-out views", title_justify="left")
-    for name in ("PSNR", "SSIM", "iterations", "training time, with start-up"):
+def report(trainings: list[Training], pictures: Path, iterations: int, seconds: list[float], console: Console) -> None:
+    """Print how well both went, and where everything is."""
+    table = Table(title=f"Held-out views after {iterations} iterations, one seed", title_justify="left")
+    for name in ("", "PSNR", "SSIM", "training time, with start-up"):
         table.add_column(name, justify="right")
-    minutes, rest = divmod(round(seconds), 60)
-    table.add_row(f"{results['psnr']:.2f} dB", f"{results['ssim']:.4f}", str(iterations), f"{minutes} min {rest} s")
+    for training, duration in zip(trainings, seconds, strict=True):
+        results = json.loads(training.numbers.read_text(encoding="utf-8"))["results"]
+        minutes, rest = divmod(round(duration), 60)
+        psnr, ssim = f"{results['psnr']:.2f} dB", f"{results['ssim']:.4f}"
+        table.add_row(LABELS[training.name], psnr, ssim, f"{minutes} min {rest} s")
     console.print(table)
-    shown = {"pictures": places.pictures, "renders": places.renders, "run": places.run, "scene": places.scene}
-    shown["logs"] = places.train_log.with_name("*.log")
-    lines = [f"In {places.output}:"]
-    lines += [f"  {name:9} {path.relative_to(places.output)}" for name, path in shown.items()]
-    lines += ["Look further:"]
-    lines += [f"  ns-viewer --load-config {shlex.quote(str(places.config))}"]
-    lines += [f"  tensorboard --logdir {shlex.quote(str(places.runs))}"]
+    folder, config = trainings[-1].folder, trainings[-1].config
+    lines = [f"Look at {pictures}. All of it is in {folder}.", "Look further:"]
+    lines += [f"  ns-viewer --load-config {shlex.quote(str(config))}"]
+    lines += [f"  tensorboard --logdir {shlex.quote(str(folder))}"]
     lines += ["Your own images:", "  ns-train softmining-nerfacto --data <folder>"]
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)

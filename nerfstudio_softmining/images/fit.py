@@ -109,8 +109,9 @@ class Fit:
         torch.manual_seed(settings.seed)
         self.field = Field(self.config, photo.size, photo.values.shape[2], device)
         self.average = AveragedModel(self.field, multi_avg_fn=self._average, use_buffers=False)
+        fused = compat.has_fused_adam(device)
         self.optimizer = torch.optim.Adam(
-            self.field.parameters(), self.config.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=True
+            self.field.parameters(), self.config.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=fused
         )
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, self.config.decay_at, DECAY)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
@@ -215,6 +216,8 @@ class Fit:
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to go on."""
+        scheduler = self.scheduler.state_dict()
+        del scheduler["milestones"]  # a Counter, which torch 2.1 does not load safely; the settings have them
         return {
             "photo": {"size": self.photo.size, "fingerprint": fingerprint(self.photo)},
             "encoding": dataclasses.asdict(self.photo.encoding),
@@ -225,7 +228,7 @@ class Fit:
             "field": self.field.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduler": scheduler,
             "run": self.run.state_dict(),
             "generator": self.generator.get_state(),
             "drawn": list(self.drawn),

@@ -39,10 +39,10 @@ class Encoding:
 
     def encode(self, values: NDArray) -> Tensor:
         """Values of a file [h, w, c] in the order RGBA as float32 in [0, 1]."""
+        encoded = torch.from_numpy(values.astype(np.float32))  # torch before 2.3 has no uint16
         if self.dtype in INTEGER_LIMITS:
-            encoded = torch.from_numpy(values).to(torch.float32).div_(INTEGER_LIMITS[self.dtype])
+            encoded.div_(INTEGER_LIMITS[self.dtype])
         else:
-            encoded = torch.from_numpy(values.astype(np.float32))
             colours = encoded[..., :3]
             colours.copy_((_compress(colours, self.unit) - self.low) / (self.high - self.low))
         if self.channels == 4:

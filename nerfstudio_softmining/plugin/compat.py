@@ -67,6 +67,18 @@ def prepare_cpu() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def has_fused_adam(device: torch.device | str) -> bool:
+    """Return whether torch's Adam updates parameters on this device in one kernel.
+
+    torch before 2.4 has that on CUDA only, and refuses `fused=True` elsewhere. Can go when torch 2.4 is required.
+    """
+    try:
+        torch.optim.Adam([torch.zeros(1, device=device)], fused=True)
+    except RuntimeError:
+        return False
+    return True
+
+
 def tell_if_tcnn_is_missing(chosen: str) -> None:
     """Say once that the slower implementation runs. Can go with [implementation][]."""
     if chosen == "torch" and not TCNN_EXISTS:
