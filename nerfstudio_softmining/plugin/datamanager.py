@@ -63,7 +63,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         args, kwargs: as nerfstudio's pipelines give them.
     """
 
-    config: SoftMiningDataManagerConfig
+    config: SoftMiningDataManagerConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio
 
     def __init__(
         self, config: SoftMiningDataManagerConfig, device: torch.device | str = "cpu", *args: Any, **kwargs: Any

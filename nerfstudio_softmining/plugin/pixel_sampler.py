@@ -86,7 +86,7 @@ class MiningPixelSampler(PixelSampler):
         kwargs: what nerfstudio passes to every pixel sampler.
     """
 
-    config: MiningPixelSamplerConfig
+    config: MiningPixelSamplerConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio
     sampler_class: type[Sampler] | None = None
     """Takes the place of the sampler that `kind` names, in a subclass."""
 

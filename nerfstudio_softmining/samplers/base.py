@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import rich
 import torch
@@ -130,7 +130,7 @@ class Sampler(Generic[Config, State]):
     """Whether it needs the residual of a whole image now and then, which scenes cannot give."""
     is_uniform: ClassVar[bool] = False
     """Whether all its draws are uniform, so that the framework's own uniform draw can take its place."""
-    photo_settings: ClassVar[dict[str, float]] = {}
+    photo_settings: ClassVar[dict[str, Any]] = {}
     """Settings of its own, and alpha, that differ where a photograph is fitted."""
 
     def __init__(self, config: Config, context: SamplerContext, images: TrainingImages) -> None:
