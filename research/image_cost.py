@@ -4,7 +4,7 @@
 
 Steps of the samplers alternate, so that whatever else the machine does falls on all of them alike. The backward pass is
 cut in two at the features of the hash grid. Means have their share of what is done once for many steps.
-In torch only: tiny-cuda-nn's passes can not be taken apart.
+In torch only: tiny-cuda-nn's passes cannot be taken apart.
 """
 
 from __future__ import annotations

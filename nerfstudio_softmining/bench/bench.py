@@ -39,7 +39,7 @@ def run_bench(
         Whether every run went well.
 
     Raises:
-        UserError: for a preset, a flag or data that can not be used, before anything is run.
+        UserError: for a preset, a flag or data that cannot be used, before anything is run.
     """
     preset = override(read(path), changes)
     results = Results(output, preset.at, {scene.path: dataclasses.asdict(scene) for scene in preset.scenes})

@@ -103,7 +103,7 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     config: TrainerConfig = deepcopy(all_methods[method])  # type: ignore[assignment]
     pipeline: Any = config.pipeline
     if not is_peer and not hasattr(pipeline.datamanager.pixel_sampler, "kind"):
-        raise UserError(f"the sampler of {method} can not be chosen. Name a softmining method for {scene.path}.")
+        raise UserError(f"the sampler of {method} cannot be chosen. Name a softmining method for {scene.path}.")
     if scene.dataparser is not None:
         pipeline.datamanager.dataparser = _dataparser(scene.dataparser)
     elif is_peer:

@@ -97,7 +97,7 @@ def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = None) -> dict[str, float | None]:
-    """Mean metrics over held-out views; None where one can not be had.
+    """Mean metrics over held-out views; None where one cannot be had.
 
     Args:
         trainer: what is evaluated.

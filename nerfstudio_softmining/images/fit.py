@@ -192,8 +192,10 @@ class Fit:
         )
 
     def psnr(self, count: int = EVALUATED) -> float:
-        """PSNR in dB over `count` pixels, one at random of each of as many equal parts and always the same; over all
-        if there are no more."""
+        """Compute the PSNR in dB over `count` pixels, or over all if there are no more.
+
+        One pixel is taken at random of each of as many equal parts, always the same.
+        """
         height, width = self.photo.size
         device, total = self.size.device, height * width
         metric = PeakSignalNoiseRatio(data_range=1.0).to(device)

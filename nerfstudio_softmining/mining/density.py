@@ -44,7 +44,7 @@ class TiledDensity(NamedTuple):
 class Draw(NamedTuple):
     """Entries drawn from a [TiledDensity][] and the probability of each."""
 
-    index: Int64[Tensor, " k"]
+    index: Int64[Tensor, " k"]  # pyright: ignore[reportIncompatibleMethodOverride] # a tuple's own, which nobody needs
     probability: Float[Tensor, " k"]
 
 

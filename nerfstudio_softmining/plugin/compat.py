@@ -111,7 +111,7 @@ def loss_scale(scaler: torch.cuda.amp.GradScaler | None) -> Tensor | None:
 class Lpips:
     """LPIPS that is built at its first use and can be missing: its weights are downloaded.
 
-    No `nn.Module`, so that its weights stay out of checkpoints. Where they can not be had, this says so once and
+    No `nn.Module`, so that its weights stay out of checkpoints. Where they cannot be had, this says so once and
     returns NaN. Can go when nerfstudio builds its models without internet (nerfstudio#2415).
     """
 

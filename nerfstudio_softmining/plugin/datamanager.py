@@ -47,7 +47,7 @@ class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
         if self.patch_size > 1:
             raise UserError(
                 f"--pipeline.datamanager.patch-size is {self.patch_size}: soft mining chooses single pixels, patches "
-                "can not follow the error. Set it to 1."
+                "cannot follow the error. Set it to 1."
             )
 
 
@@ -63,7 +63,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         args, kwargs: as nerfstudio's pipelines give them.
     """
 
-    config: SoftMiningDataManagerConfig
+    config: SoftMiningDataManagerConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio
 
     def __init__(
         self, config: SoftMiningDataManagerConfig, device: torch.device | str = "cpu", *args: Any, **kwargs: Any
@@ -261,7 +261,6 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
 
 
 def _moving_with(coords: Tensor, colours: Tensor, gradient: Tensor) -> Tensor:
-    """The same colours [rays, channels], with their own gradient [rays, channels, 2] with respect to the
-    coordinates."""
+    """Return the same colours [rays, channels], whose gradient along the coordinates is [rays, channels, 2]."""
     offset = (coords - coords.detach()).to(colours.device)
     return colours + (gradient * offset[:, None]).sum(dim=-1)

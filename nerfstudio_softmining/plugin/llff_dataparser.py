@@ -71,7 +71,7 @@ class Views(NamedTuple):
 class LLFFDataParser(DataParser):
     """Parser for scenes in the LLFF layout."""
 
-    config: LLFFDataParserConfig
+    config: LLFFDataParserConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio
     # nerfstudio's data managers set this to 1 when they only render and do not need the images, so it is no setting
     # of which folder to read (that is config.downscale_factor): it tells that the images may be missing.
     downscale_factor: int | None = None

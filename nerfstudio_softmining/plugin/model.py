@@ -45,8 +45,9 @@ class SoftMiningConfig:
 
 
 class SoftMiningMixin(Model):
-    """Put before a ray-based model class: weights its reconstruction loss, and lets the pixel coordinates have a
-    gradient.
+    """Weight the reconstruction loss of a ray-based model, and let the pixel coordinates have a gradient.
+
+    Put this class before that of the model.
 
     The model must compute its reconstruction loss by `self.rgb_loss(truth, prediction)` and draw the samples of its
     field by a nerfstudio ray sampler among its modules, with a [rays, samples] shape.
@@ -91,7 +92,7 @@ class SoftMiningMixin(Model):
         """
         state, was_training = self.get_extra_state(), self.training
         count = len(batch["indices"])
-        mining = MiningBatch(batch["indices"], torch.ones(count), None, count, importance_weighted=False)
+        mining = MiningBatch(batch["indices"], torch.ones(count), count, importance_weighted=False)
         try:
             self.train()
             with compat.fork_random_state(self.device):

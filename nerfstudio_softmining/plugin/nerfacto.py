@@ -20,4 +20,4 @@ class SoftMiningNerfactoModelConfig(SoftMiningConfig, NerfactoModelConfig):
 class SoftMiningNerfactoModel(SoftMiningMixin, NerfactoModel):
     """Nerfacto, trained by soft mining."""
 
-    config: SoftMiningNerfactoModelConfig
+    config: SoftMiningNerfactoModelConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio

@@ -86,7 +86,7 @@ class MiningPixelSampler(PixelSampler):
         kwargs: what nerfstudio passes to every pixel sampler.
     """
 
-    config: MiningPixelSamplerConfig
+    config: MiningPixelSamplerConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio
     sampler_class: type[Sampler] | None = None
     """Takes the place of the sampler that `kind` names, in a subclass."""
 
@@ -146,16 +146,14 @@ class MiningPixelSampler(PixelSampler):
         batch[BATCH_KEY] = MiningBatch(
             batch["indices"],
             torch.ones(count, device=batch["indices"].device),
-            None,
             count,
-            config.importance_weighted,
-            config.alpha_warmup,
+            importance_weighted=config.importance_weighted,
+            alpha_warmup=config.alpha_warmup,
         )
         return batch
 
     def batch_at(self, indices: Tensor) -> dict:
-        """Make the ray batch of given pixels [rays, 3] (image, row, column) of the cached images, without a
-        [MiningBatch][]."""
+        """Make the ray batch of given pixels [rays, 3] (image, row, column), without a [MiningBatch][]."""
         assert self._run is not None
         images = self._run.sampler.images
         samples = images.as_samples(indices[:, 0], indices[:, 1:] + 0.5)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import rich
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nerfstudio_softmining.errors import SettingError
@@ -64,10 +64,10 @@ class MiningBatch:
     """Image (as counted by the data set), row and column of each ray."""
     density_ratio: Float[Tensor, " rays"]
     """Density p / u that each ray was drawn with; without meaning where it follows the importance."""
-    follows_importance: Tensor | None
-    """Whether each ray [rays] was drawn in proportion to the importance; None if none was."""
     num_uniform: int
     """Number of uniform rays, which are the last of the batch."""
+    follows_importance: Bool[Tensor, " rays"] | None = None
+    """Whether each ray was drawn in proportion to the importance; None if none was."""
     importance_weighted: bool = True
     """Whether rays are weighted by their density (eq. 9)."""
     alpha_warmup: int = 0
@@ -130,7 +130,7 @@ class Sampler(Generic[Config, State]):
     """Whether it needs the residual of a whole image now and then, which scenes cannot give."""
     is_uniform: ClassVar[bool] = False
     """Whether all its draws are uniform, so that the framework's own uniform draw can take its place."""
-    photo_settings: ClassVar[dict[str, float]] = {}
+    photo_settings: ClassVar[dict[str, Any]] = {}
     """Settings of its own, and alpha, that differ where a photograph is fitted."""
 
     def __init__(self, config: Config, context: SamplerContext, images: TrainingImages) -> None:

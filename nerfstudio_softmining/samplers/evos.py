@@ -1,5 +1,6 @@
-"""Evolution of the selected pixels: Zhang et al., "EVOS: Efficient Implicit Neural Training via EVOlutionary Selector",
-CVPR 2025.
+"""Evolution of the selected pixels (EVOS).
+
+Zhang et al., "EVOS: Efficient Implicit Neural Training via EVOlutionary Selector", CVPR 2025.
 
 Sparse fitness evaluation: the fitness of all pixels is found anew at intervals that shrink linearly. Frequency-guided
 crossover: fitness is the squared error plus that of the Laplacian, here each over its mean. Unbiased mutation: a

@@ -56,7 +56,7 @@ class QuadtreeState(NamedTuple):
     """Depth of the leaf that each part of an image is in; a part is the smallest that a leaf can become."""
     error: Float[Tensor, " parts"]
     """Sum of the importance observed in each part in this epoch."""
-    count: Float[Tensor, " parts"]
+    num_seen: Float[Tensor, " parts"]
     """Number of rays in each part in this epoch."""
     density: PixelDensity | None
     """Density of the leaves as they are."""
@@ -103,12 +103,12 @@ class Quadtree(DensitySampler[QuadtreeConfig, QuadtreeState]):
         is_known = (importance.isfinite() & applied).float()
         part = self.parts.cell(pixel_centres(self.images, batch))
         state.error.index_add_(0, part, torch.where(is_known > 0, importance, 0.0))
-        state.count.index_add_(0, part, is_known)
+        state.num_seen.index_add_(0, part, is_known)
         state = state._replace(rays=state.rays + len(importance))
         if state.rays < self.images.num_pixels / self.config.reduction:
             return state
         self._divide(state)
-        return self.rebuild(state._replace(rays=0, error=state.error.zero_(), count=state.count.zero_()))
+        return self.rebuild(state._replace(rays=0, error=state.error.zero_(), num_seen=state.num_seen.zero_()))
 
     def _divide(self, state: QuadtreeState) -> None:
         """Divide the deepest leaves of each image where their mean error is above the threshold, in place."""
@@ -122,7 +122,7 @@ class Quadtree(DensitySampler[QuadtreeConfig, QuadtreeState]):
             leaf = (within[:, None] * 2**level + within).flatten()  # as if all leaves were of this level
             error, count = (
                 torch.zeros(4**level, device=depth.device).index_add_(0, leaf, values[part])
-                for values in (state.error, state.count)
+                for values in (state.error, state.num_seen)
             )
             is_divided = (error > self.config.threshold * count)[leaf] & (depth == level)
             state.depth[part] = torch.where(is_divided, level + 1, depth).to(torch.uint8)

@@ -21,7 +21,7 @@ def save(state: Any, exclude: tuple[str, ...] = ()) -> Any:
         state: a NamedTuple, or anything that one is made of.
         exclude: fields to leave out.
     """
-    if isinstance(state, tuple) and hasattr(state, "_asdict"):
+    if hasattr(state, "_asdict"):
         return {name: save(value) for name, value in state._asdict().items() if name not in exclude}
     if isinstance(state, tuple):
         return [save(value) for value in state]
@@ -92,8 +92,8 @@ class SamplerRun:
         return MiningBatch(
             pixels.indices,
             pixels.density_ratio,
-            pixels.follows_importance,
             samples.num_uniform,
+            pixels.follows_importance,
             config.importance_weighted,
             config.alpha_warmup,
             **fields,
