@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from nerfstudio_softmining.plugin import compat
-from nerfstudio_softmining.samplers import registry
 from torch import Tensor
 
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
 from nerfstudio_softmining.images.photo import Photo
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.samplers import registry
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 BATCH = 1024
