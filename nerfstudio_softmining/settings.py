@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nerfstudio_softmining.errors import SettingError, UserError
 
@@ -104,7 +104,8 @@ def apply(setting: str, places: Sequence[Any], required: bool, sampler: str) -> 
 
 def _without_none(hint: Any) -> Any:
     """Return the type of a setting that may also be None."""
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else []
+    is_union = get_origin(hint) in (UnionType, Union)
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if is_union else []
     return kinds[0] if len(kinds) == 1 else hint
 
 
