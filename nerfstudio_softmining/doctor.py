@@ -144,7 +144,7 @@ def check_lpips() -> Row:
     if path.is_file():
         return Row("weights are there")
     fix = f"downloaded at the first evaluation with internet; without, copy {LPIPS_WEIGHTS} to {path.parent}"
-    return Row("no weights yet: the metric will be left out if they can not be downloaded", "note", fix)
+    return Row("no weights yet: the metric will be left out if they cannot be downloaded", "note", fix)
 
 
 def check_registered(kind: str) -> Row:

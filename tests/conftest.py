@@ -1,4 +1,4 @@
-"""Lets test files share helpers that lie beside them, and keeps what one test sets from the others."""
+"""Lets test files share helpers, tests the studies in research/, and keeps what one test sets from the others."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "research")]
 
 
 @pytest.fixture(autouse=True)

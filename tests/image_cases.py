@@ -22,6 +22,7 @@ SAMPLERS = (
     "multinomial,refresh=3",
     "error-map,interval=2",
     "quadtree,reduction=2",
+    "detail,interval=3",
     "greedy,interval=3",
     "evos,first_interval=4,last_interval=2",
 )

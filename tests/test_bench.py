@@ -30,7 +30,7 @@ SMALL = {
             "set": ["train_num_rays_per_batch=64", "log2_hashmap_size=10"],
         }
     ],
-    "samplers": ["uniform", "langevin,noise=0.03", "active"],
+    "samplers": ["uniform", "langevin,noise=0.03", "error-map"],
     "seeds": [3, 4],
     "at": [4, 8],
 }
@@ -124,13 +124,13 @@ def replace_name(run: training.Run) -> training.Run:
 def test_runs_of_one_seed_are_in_turn(data, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "train", fake_training)
     output = tmp_path / "out"
-    bench.run_bench(write_preset(tmp_path, samplers=["uniform", "active"]), data, output, {})
+    bench.run_bench(write_preset(tmp_path, samplers=["uniform", "error-map"]), data, output, {})
     runs = json.loads((output / "results.json").read_text())["runs"]
     assert [(run["seed"], run["sampler"]) for run in runs[::2]] == [
         (3, "uniform"),
-        (3, "active"),
+        (3, "error-map"),
         (4, "uniform"),
-        (4, "active"),
+        (4, "error-map"),
     ]
 
 
@@ -249,20 +249,22 @@ def test_gains_over_all_scenes_are_those_over_the_same_seed_where_all_scenes_hav
     runs = [
         {**entry(sampler, seed, at, 20.0 + seed + gain * number), "scene": scene}
         for scene, number in (("a", 1), ("b", 3))
-        for sampler, gain in (("uniform", 0.0), ("edge", 0.5), ("active", 1.0))
+        for sampler, gain in (("uniform", 0.0), ("edge", 0.5), ("error-map", 1.0))
         for seed in (0, 1)
         for at in (100, 200)
-        if (sampler, seed, at, scene) != ("active", 1, 200, "b")
+        if (sampler, seed, at, scene) != ("error-map", 1, 200, "b")
     ]
     text = rendered(report.gains(runs))
-    edge, active = (next(line for line in text.splitlines() if name in line) for name in ("| edge", "| active"))
+    edge, mapped = (next(line for line in text.splitlines() if name in line) for name in ("| edge", "| error-map"))
     assert edge.split("|")[2:5] == ["     2 ", " 1.00 ± 0.00 ", " 1.00 ± 0.00 "]
-    assert active.count("2.00") == 2 and "±" not in active and "| uniform" not in text
+    assert mapped.count("2.00") == 2 and "±" not in mapped and "| uniform" not in text
     alone = [run for run in runs if run["scene"] == "a"]
     assert report.gains(alone) is None
     text = rendered(report.same_seed(alone, "edge", "Gain"))
-    uniform, active = (next(line for line in text.splitlines() if name in line) for name in ("| uniform", "| active"))
-    assert uniform.count("-0.50 ± 0.00") == 2 and active.count("0.50 ± 0.00") == 2 and "| edge" not in text
+    uniform, mapped = (
+        next(line for line in text.splitlines() if f"| {name}" in line) for name in ("uniform", "error-map")
+    )
+    assert uniform.count("-0.50 ± 0.00") == 2 and mapped.count("0.50 ± 0.00") == 2 and "| edge" not in text
     assert any("Gain over uniform" in str(table.title) for table in report.tables((), alone))
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sampling_cases import feed, make_sampler
+from sampler_cases import feed, make_sampler
 
 from nerfstudio_softmining import cli, doctor
 from nerfstudio_softmining.demo import demo
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.sampler import MiningPixelSamplerConfig
+from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSamplerConfig
 
 SOFTMINING = [sys.executable, "-m", "nerfstudio_softmining.cli"]
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view, write_scene
+from nerfstudio_softmining.plugin import compat
 
 METHOD = "softmining-nerfacto-lite-blender"
 HAS_OPEN3D = subprocess.run([sys.executable, "-c", "import open3d"], capture_output=True).returncode == 0
@@ -186,7 +186,7 @@ def test_exports(config, runs, kind, flags, made):
     ("flags", "named"),
     [
         (("--pipeline.model.alpha", 1.5), ("alpha", "1.5")),
-        (("--pipeline.datamanager.pixel-sampler.langevin.uniform-share", -0.1), ("uniform-share", "-0.1")),
+        (("--pipeline.datamanager.pixel-sampler.langevin.uniform-fraction", -0.1), ("uniform-fraction", "-0.1")),
         (("--pipeline.datamanager.pixel-sampler.multinomial.refresh", 0), ("multinomial.refresh", "0")),
         (("--pipeline.datamanager.pixel-sampler.langevin.noise", -1), ("noise", "-1")),
         (("--pipeline.datamanager.train-num-rays-per-batch", 4), ("train-num-rays-per-batch", "4 rays")),
@@ -217,10 +217,10 @@ def test_full_method_with_its_own_settings_on_what_users_have(runs, tmp_path):
     flags += ("--pipeline.datamanager.pixel-sampler.kind", "langevin")
     user_scene(tmp_path)
     train(runs, tmp_path, "full", 3, *flags, method="softmining-nerfacto", vis="viewer+tensorboard")
-    pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"][
-        "strategy"
-    ]["pool"]
-    assert len(pool["chart"]) == 256 - 26
+    pool = checkpoint(runs, "full", "softmining-nerfacto")["pipeline"]["datamanager._extra_state"]["sampler"]["run"][
+        "state"
+    ]["chains"]
+    assert len(pool["image_index"]) == 256 - 26
 
 
 def user_scene(folder: Path) -> None:

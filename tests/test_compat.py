@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 
-from nerfstudio_softmining import compat
+from nerfstudio_softmining.plugin import compat
 
 
 @pytest.fixture

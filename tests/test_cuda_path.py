@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import sampler_cost
 import torch
 from captures import write_capture
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
@@ -19,12 +20,11 @@ from nerfstudio.utils import comms
 from torch import Tensor
 from virtual_device import DEVICE, MixedDevicesError, VirtualDevice
 
-from nerfstudio_softmining import methods
-from nerfstudio_softmining.bench import cost
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.sampler import STRATEGIES, MiningPixelSampler
+from nerfstudio_softmining.plugin import methods
+from nerfstudio_softmining.plugin.pixel_sampler import SPECS, MiningPixelSampler
 
-KINDS = ("uniform", *STRATEGIES)
+KINDS = tuple(SPECS)
 LISTINGS = {
     "plain": {},
     "masks": {"masks": True},
@@ -90,7 +90,7 @@ class Training:
         config.datamanager.pixel_sampler.kind = kind
         if kind != "uniform":
             own = EPOCHS_APART.get(kind, {}) | settings.get(kind, {})
-            vars(config.datamanager.pixel_sampler.of_kind(kind)).update(own)
+            vars(config.datamanager.pixel_sampler.config_for(kind)).update(own)
         config.model.log2_hashmap_size = 10
         config.model.implementation = "torch"
         config.model.num_levels, config.model.num_nerf_samples_per_ray = 2, 4
@@ -213,9 +213,10 @@ def test_the_virtual_device_notices_what_it_should():
 
 def test_costs_are_measured_on_the_device_that_is_asked_for(monkeypatch):
     """On CUDA without the deterministic kernels that the CPU needs, whose warnings would count as waits."""
-    monkeypatch.setattr(cost.compat, "prepare_cpu", lambda: pytest.fail("the CPU was prepared"))
+    monkeypatch.setattr(sampler_cost.compat, "prepare_cpu", lambda: pytest.fail("the CPU was prepared"))
     with VirtualDevice():
-        cost.main(cost.Cost(images=(3,), size=(16, 16), rays=64, steps=2, kinds=("detail",), device=DEVICE.type))
+        cost = sampler_cost.Cost(images=(3,), size=(16, 16), rays=64, steps=2, kinds=("detail",), device=DEVICE.type)
+        sampler_cost.main(cost)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only the virtual one is tested")

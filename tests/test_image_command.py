@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import forecast
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ from image_cases import SMALL, make_photo, picture
 from nerfstudio_softmining.bench.results import Results
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images import fit as fits
-from nerfstudio_softmining.images import forecast, image, report
+from nerfstudio_softmining.images import image, report
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, load, load_field, save

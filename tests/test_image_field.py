@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from image_cases import SMALL
 from torch import Tensor
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.field import Field, HashGrid
+from nerfstudio_softmining.plugin import compat
 
 LAW = settings(max_examples=40, deadline=None, derandomize=True)
 GRIDS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -12,19 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_cases import SAMPLERS, SMALL, centres, make_fit, make_photo, photo_of, predictions, residuals
-from sampling_cases import p_value
+from sampler_cases import p_value
 from torch import Tensor
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images import fit as fits
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, load, load_field, make_settings, render, save
 from nerfstudio_softmining.images.photo import Photo
 from nerfstudio_softmining.mining import langevin
-from nerfstudio_softmining.mining.edges import sobel
-from nerfstudio_softmining.mining.langevin import Pool
-from nerfstudio_softmining.sampling import langevin as chains
+from nerfstudio_softmining.mining.langevin import ChainState
+from nerfstudio_softmining.mining.priors import sobel
+from nerfstudio_softmining.mining.records import concatenate
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.samplers import langevin as chains
+from nerfstudio_softmining.samplers.images import PixelSamples
 
 EACH_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 FROZEN = {"learning_rate": 1e-30}
@@ -56,8 +59,8 @@ def counts(fit: Fit, position: Tensor) -> Tensor:
 
 def follows(fit: Fit, law: Tensor, draws: int = 20_000) -> bool:
     """Whether the next points follow a law over pixels, given up to a factor."""
-    pool, _ = fit.strategy.draw(draws)
-    return p_value(counts(fit, pool.position), (law / law.sum()).flatten().double()) > 1e-4
+    samples = fit.run.draw(draws).pixels
+    return p_value(counts(fit, samples.position), (law / law.sum()).flatten().double()) > 1e-4
 
 
 def law_of_edges(fit: Fit, shift: int = 2) -> Tensor:
@@ -94,9 +97,9 @@ def law_of(sampler: str, fit: Fit) -> Tensor:
         "edge",
         "multinomial,refresh=3",
         "greedy,interval=3",
-        "evos,selected_share=1,mutated_share=1",
-        "evos,selected_share=1",
-        "evos,mutated_share=1",
+        "evos,selected_fraction=1,mutated_fraction=1",
+        "evos,selected_fraction=1",
+        "evos,mutated_fraction=1",
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
@@ -122,7 +125,7 @@ def test_maps_follow_the_error_of_the_last_look(sampler):
 
 
 def test_chains_start_anew_in_proportion_to_sobels_edges():
-    fit = make_fit("langevin,reinit_share=1.0,uniform_share=0", batch=20_000, **FROZEN)
+    fit = make_fit("langevin,reinit_fraction=1.0,uniform_fraction=0", batch=20_000, **FROZEN)
     assert follows(fit, torch.ones(fit.photo.size))
     fit.step()
     assert follows(fit, sobel(fit.photo.values))
@@ -144,15 +147,16 @@ def fitness(residual: Tensor) -> np.ndarray:
 
 def test_the_fittest_of_uniform_candidates_survive_and_others_join_at_random(monkeypatch):
     fit = steps(make_fit("evos", batch=100), 60)
-    fit.strategy._next = fit.strategy._steps  # it looks anew
+    fit.run.state = fit.run.state._replace(next_evaluation=fit.run.state.steps)  # it evaluates anew
     expected, offered, joined = fitness(residuals(fit)), [], []
-    draw = fit.strategy.pixels.uniform
-    monkeypatch.setattr(fit.strategy.pixels, "uniform", lambda count: (offered.append(draw(count)), offered[-1])[1])
+    images = fit.run.sampler.images
+    draw = images.uniform
+    monkeypatch.setattr(images, "uniform", lambda count: (offered.append(draw(count)), offered[-1])[1])
     for _ in range(200):
-        pool, _ = fit.strategy.draw(100)
+        samples = fit.run.draw(100).pixels
         candidates = [tuple(place) for place in offered[-1].position.tolist()]
-        drawn = {tuple(place) for place in pool.position.tolist()}
-        assert len(candidates) == 200 and len(drawn) == len(pool.chart) == 100 and drawn <= set(candidates)
+        drawn = {tuple(place) for place in samples.position.tolist()}
+        assert len(candidates) == 200 and len(drawn) == len(samples.position) == 100 and drawn <= set(candidates)
         ranked = sorted(candidates, key=lambda place: -expected[int(place[0]), int(place[1])])
         worst = expected[tuple(int(x) for x in ranked[49])]
         fitter = {place for place in candidates if expected[int(place[0]), int(place[1])] > worst * (1 + 1e-5)}
@@ -164,8 +168,10 @@ def test_the_fittest_of_uniform_candidates_survive_and_others_join_at_random(mon
 def test_the_fittest_are_looked_for_ever_more_often():
     fit = make_fit("evos,first_interval=10,last_interval=2", iterations=100)
     asked: list[int] = []
-    residual = fit.strategy.surroundings.residual
-    fit.strategy.surroundings.residual = lambda pixels: (asked.append(fit.iteration), residual(pixels))[1]
+    sampler, residual = fit.run.sampler, fit.residual
+    sampler.context = replace(
+        sampler.context, residual=lambda pixels: (asked.append(fit.iteration), residual(pixels))[1]
+    )
     steps(fit, 120)
     gaps = [after - before for before, after in zip(asked, asked[1:], strict=False)]
     assert asked[0] == 0 and gaps[0] == 10 and gaps[-1] == 2 and gaps == sorted(gaps, reverse=True)
@@ -177,7 +183,7 @@ def test_the_fittest_are_looked_for_ever_more_often():
     [
         "uniform",
         "langevin,noise=0.03",
-        "langevin,noise=0.03,drift=0,reinit_from=uniform,reinit_share=0.5",
+        "langevin,noise=0.03,drift=0,reinit_from=uniform,reinit_fraction=0.5",
         "multinomial,refresh=3",
         "error-map,interval=2",
         "quadtree,reduction=8,initial_depth=1",
@@ -207,10 +213,10 @@ def test_what_drives_the_chains_is_the_gradient_of_the_logarithm_of_the_error(
     fit = make_fit(f"langevin,alpha_warmup=0,{setting}", photo, photo_gradient=photo_gradient)
     steps(fit, 60)
     field, photo = copy.deepcopy(fit.field).double(), Photo(fit.photo.values.double(), fit.photo.encoding)
-    heard = []
-    monkeypatch.setattr(fit.strategy, "update", lambda batch, applied: heard.append(batch))
+    updates = []
+    monkeypatch.setattr(fit.run, "update", updates.append)
     fit.step()
-    (batch,) = heard
+    (batch,) = updates
     ours = langevin.grad_log_importance(batch.coords.grad, batch.weighted_error.grad, batch.weighted_error.detach())
     place = batch.coords.detach().double()
     assert len(place) == SMALL["batch"] and not torch.equal(place, place.round())
@@ -233,7 +239,7 @@ def test_what_drives_the_chains_is_the_gradient_of_the_logarithm_of_the_error(
 
 def test_only_chains_that_drift_ask_for_a_gradient():
     for sampler, wanted in (("langevin", True), ("langevin,drift=0", False), ("uniform", False), ("evos", False)):
-        assert make_fit(sampler).strategy.wants_gradient == wanted
+        assert make_fit(sampler).run.sampler.needs_gradient == wanted
 
 
 @EACH_SAMPLER
@@ -251,7 +257,7 @@ def test_a_fit_goes_on_bit_for_bit(sampler, tmp_path):
     assert again.iteration == 14 and fields_are_equal(again, whole) and again.psnr() == whole.psnr()
     assert len(again.drawn) == 14 and all(map(torch.equal, again.drawn, whole.drawn))
     assert torch.equal(again.generator.get_state(), whole.generator.get_state())
-    assert all(map(torch.equal, again.strategy.draw(50)[0][:2], whole.strategy.draw(50)[0][:2]))
+    assert all(map(torch.equal, again.run.draw(50).pixels, whole.run.draw(50).pixels))
 
 
 @EACH_SAMPLER
@@ -366,25 +372,25 @@ def test_batches_may_be_tiny(sampler, batch):
 @pytest.mark.parametrize(
     ("sampler", "words"),
     [
-        ("nonsense", "--samplers has 'nonsense'.* uniform, .*langevin"),
+        ("nonsense", "--samplers has 'nonsense'.* langevin, .*uniform"),
         ("", "--samplers"),
         ("langevin,nonsense=1", "nonsense=1"),
         ("langevin,drift", "'drift'"),
         ("langevin,drift=abc", "drift=abc"),
         ("langevin,drift=-1.0", "--samplers langevin,drift is -1.0"),
         ("langevin,drift=float('nan')", "drift"),
-        ("langevin,uniform_share=1.5", "--samplers langevin,uniform-share is 1.5"),
-        ("langevin,reinit_share=-0.1", "--samplers langevin,reinit-share is -0.1"),
+        ("langevin,uniform_fraction=1.5", "--samplers langevin,uniform_fraction is 1.5"),
+        ("langevin,reinit_fraction=-0.1", "--samplers langevin,reinit_fraction is -0.1"),
         ("multinomial,refresh=0", "--samplers multinomial,refresh is 0"),
-        ("greedy,share=1.1", "--samplers greedy,share is 1.1"),
+        ("greedy,fraction=1.1", "--samplers greedy,fraction is 1.1"),
         ("greedy,interval=0", "--samplers greedy,interval is 0"),
-        ("evos,mutated_share=2", "--samplers evos,mutated-share is 2"),
-        ("evos,first_interval=0", "--samplers evos,first-interval is 0"),
+        ("evos,mutated_fraction=2", "--samplers evos,mutated_fraction is 2"),
+        ("evos,first_interval=0", "--samplers evos,first_interval is 0"),
         ("uniform,alpha=2", "--alpha is 2"),
         ("detail,alpha=soft", "alpha is written as in alpha=0.3"),
         ("uniform,learning_rate=0", "--learning-rate is 0"),
-        ("evos,selected_share=0", "selected-share is 0"),
-        ("greedy,share=0", "share is 0"),
+        ("evos,selected_fraction=0", "selected_fraction is 0"),
+        ("greedy,fraction=0", "fraction is 0"),
         ("langevin,reinit_from=nowhere", "reinit_from=nowhere|reinit-from"),
         ("langevin,weight_by=nothing", "weight_by=nothing|weight-by"),
         ("uniform,implementation=none", "implementation"),
@@ -392,7 +398,7 @@ def test_batches_may_be_tiny(sampler, batch):
         ("uniform,batch=1e3", "batch"),
         ("uniform,decay_at=5", "decay.at"),
         ("langevin,check=1", "check"),
-        ("langevin,positive=0", "positive"),
+        ("langevin,state_class=0", "state_class"),
     ],
 )
 def test_a_mistake_in_the_samplers_is_named(sampler, words):
@@ -403,9 +409,9 @@ def test_a_mistake_in_the_samplers_is_named(sampler, words):
 def test_settings_of_one_sampler_do_not_reach_another():
     config = FitConfig(**SMALL)
     own = make_settings("langevin,batch=32,drift=2e-4,weight-by=importance", 0, 10, config)
-    assert (own.config.batch, own.strategy.drift, own.config.weight_by) == (32, 2e-4, "importance")
+    assert (own.config.batch, own.sampler_config.drift, own.config.weight_by) == (32, 2e-4, "importance")
     assert own.kind == "langevin"
-    assert config == FitConfig(**SMALL) and make_settings("langevin", 0, 10, config).strategy.drift == 1e-5
+    assert config == FitConfig(**SMALL) and make_settings("langevin", 0, 10, config).sampler_config.drift == 1e-5
     assert make_settings("uniform-weighted", 0, 10, config).config.weight_by == "importance"
     assert make_settings("uniform", 0, 10, config).config.weight_by == "density"
 
@@ -429,7 +435,7 @@ def test_the_softness_is_the_samplers_own_unless_one_is_given(sampler, given, al
 
 
 def test_a_batch_too_small_for_its_strata_is_named():
-    with pytest.raises(UserError, match="--batch to 6 or more"):
+    with pytest.raises(UserError, match="--batch is 3.* 6 or more"):
         make_fit("langevin", batch=3).step()
     make_fit("langevin", batch=6).step()
 
@@ -471,22 +477,22 @@ class Line:
     def __init__(self, seed: int = 0) -> None:
         self.generator, self.drawn = torch.Generator().manual_seed(seed), []
 
-    def contains(self, pool: Pool) -> Tensor:
-        return (pool.position <= 1).all(dim=-1)
+    def contains(self, chains: ChainState) -> Tensor:
+        return (chains.position <= 1).all(dim=-1)
 
-    def propose(self, count: int) -> Pool:
+    def propose(self, count: int) -> ChainState:
         self.drawn.append(count)
         place = torch.randn(count, 1, generator=self.generator)
-        return Pool((place[:, 0] > 0).long(), place - 3, place.exp()[:, 0])
+        return langevin.start((place[:, 0] > 0).long(), place - 3, place.exp()[:, 0])
 
 
-def jump(leaving: Tensor, domain: Line, reinit_share: float = 0.0) -> Pool:
+def jump(leaving: Tensor, domain: Line, reinit_fraction: float = 0.0) -> ChainState:
     """Let some of the chains at 0 leave."""
     count = len(leaving)
-    pool = Pool(torch.full((count,), 5), torch.zeros(count, 1), torch.ones(count))
+    start = langevin.start(torch.full((count,), 5), torch.zeros(count, 1), torch.ones(count))
     importance = torch.arange(count).float()
     return langevin.step(
-        pool, leaving[:, None] * 2.0, importance, domain, drift=1.0, noise=0.0, reinit_share=reinit_share
+        start, leaving[:, None] * 2.0, importance, domain, drift=1.0, noise=0.0, reinit_fraction=reinit_fraction
     )[0]
 
 
@@ -495,24 +501,24 @@ def test_each_chain_that_leaves_follows_the_starts_however_many_leave(share):
     domain, leaving = Line(), torch.rand(400, generator=torch.Generator().manual_seed(1)) < share
     moved = [jump(leaving, domain) for _ in range(1500)]
     assert max(domain.drawn) < leaving.sum()
-    assert all((pool.position[~leaving] == 0).all() and (pool.chart[~leaving] == 5).all() for pool in moved)
+    assert all((chains.position[~leaving] == 0).all() and (chains.image_index[~leaving] == 5).all() for chains in moved)
     place = leaving.nonzero()[:, 0]
     for chain in (place[0], place[len(place) // 2], place[-1]):
-        values = torch.stack([pool.position[chain, 0] for pool in moved]) + 3
+        values = torch.stack([chains.position[chain, 0] for chains in moved]) + 3
         tenth = (torch.special.ndtr(values.double()) * 10).long()
         assert p_value(torch.bincount(tenth, minlength=10), torch.full((10,), 0.1)) > 1e-4
-        for pool in moved[:20]:  # a start is taken as a whole
-            torch.testing.assert_close(pool.density[chain], (pool.position[chain, 0] + 3).exp())
-            assert pool.chart[chain] == (pool.position[chain, 0] + 3 > 0)
+        for end in moved[:20]:  # a start is taken as a whole
+            torch.testing.assert_close(end.density_ratio[chain], (end.position[chain, 0] + 3).exp())
+            assert end.image_index[chain] == (end.position[chain, 0] + 3 > 0)
 
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_chains_share_a_start_only_where_more_leave_than_are_drawn(count, leave, reinit_share, seed):
+def test_chains_share_a_start_only_where_more_leave_than_are_drawn(count, leave, reinit_fraction, seed):
     domain, chance = Line(seed), torch.rand(count, generator=torch.Generator().manual_seed(seed))
     leaving = chance < leave
-    moved = jump(leaving, domain, reinit_share)
-    low = torch.arange(count) < round(reinit_share * count)
+    moved = jump(leaving, domain, reinit_fraction)
+    low = torch.arange(count) < round(reinit_fraction * count)
     anew = leaving | low
     assert ((moved.position[:, 0] != 0) == anew).all() and len(domain.drawn) == 1 and domain.drawn[0] <= count
     starts = moved.position[anew, 0].unique()
@@ -521,11 +527,19 @@ def test_chains_share_a_start_only_where_more_leave_than_are_drawn(count, leave,
     assert domain.drawn[0] >= min(count, low.sum() + count // 16)
 
 
+def propose(fit: Fit, count: int) -> PixelSamples:
+    """Draw starts as a step does, and keep what is left of the reserve."""
+    domain = chains._Images(fit.run.sampler, fit.run.state.reserve)
+    starts = domain.propose(count)
+    fit.run.state = fit.run.state._replace(reserve=domain.reserve)
+    return PixelSamples(*starts)
+
+
 @given(st.lists(st.integers(0, 90), min_size=1, max_size=12), st.integers(0, 12))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_no_start_is_given_twice_and_a_resumed_sampler_gives_the_same(sizes, stop):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chains, "RESERVOIR", 60)
+        patch.setattr(chains, "RESERVE", 60)
         fit = steps(make_fit("langevin", batch=40), 1)
         given: list[Tensor] = []
         for number, size in enumerate(sizes):
@@ -533,21 +547,19 @@ def test_no_start_is_given_twice_and_a_resumed_sampler_gives_the_same(sizes, sto
                 other = make_fit("langevin", batch=40)
                 other.load_state_dict(copy.deepcopy(fit.state_dict()))
                 fit = other
-            given.append(fit.strategy.propose(size).position)
+            given.append(propose(fit, size).position)
             assert len(given[-1]) == size
         plain = steps(make_fit("langevin", batch=40), 1)
-        assert all(
-            torch.equal(one, plain.strategy.propose(size).position) for one, size in zip(given, sizes, strict=True)
-        )
+        assert all(torch.equal(one, propose(plain, size).position) for one, size in zip(given, sizes, strict=True))
     everything = torch.cat(given)
     assert len(everything.unique(dim=0)) == len(everything)
 
 
-def test_starts_of_a_reservoir_follow_the_edges():
+def test_starts_of_a_reserve_follow_the_edges():
     fit = steps(make_fit("langevin"), 1)
-    drawn = [fit.strategy.propose(count) for count in (7, 1000, 0, 9000, 20_000, 3, 12_000)]
+    drawn = [propose(fit, count) for count in (7, 1000, 0, 9000, 20_000, 3, 12_000)]
     law = sobel(fit.photo.values).flatten().double()
-    for pool in (drawn[4], Pool(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))):
-        assert p_value(counts(fit, pool.position), law / law.sum()) > 1e-4
-        density = (law / law.mean())[(pool.position.long() * torch.tensor((40, 1))).sum(dim=-1)]
-        torch.testing.assert_close(pool.density.double(), density, rtol=0.08, atol=0)
+    for starts in (drawn[4], concatenate(*drawn)):
+        assert p_value(counts(fit, starts.position), law / law.sum()) > 1e-4
+        density = (law / law.mean())[(starts.position.long() * torch.tensor((40, 1))).sum(dim=-1)]
+        torch.testing.assert_close(starts.density_ratio.double(), density, rtol=0.08, atol=0)

@@ -12,12 +12,12 @@ import torch
 import tyro
 import yaml
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio_softmining.data import llff_dataparser
 from PIL import Image
 
-from nerfstudio_softmining.data import llff_dataparser
-from nerfstudio_softmining.data.llff_dataparser import LLFFDataParserConfig
-from nerfstudio_softmining.dataparsers import llff
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin.dataparsers import llff
+from nerfstudio_softmining.plugin.llff_dataparser import LLFFDataParserConfig
 
 POSE_WIDTH, POSE_HEIGHT, FOCAL = 96, 64, 80.0
 UNTOUCHED = {"orientation_method": "none", "center_method": "none", "auto_scale_poses": False}

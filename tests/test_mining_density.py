@@ -1,4 +1,4 @@
-"""Laws of the exact draws and of the tree that they are made from, against brute force."""
+"""Laws of the exact draws from a table, against brute force."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ LAW = settings(max_examples=40, deadline=None, derandomize=True)
 BYTES = st.lists(st.sampled_from([0, 0, 1, 2, 100, 254, 255]), min_size=1, max_size=200)
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 2, 1000, 2**31 - 1]), min_size=1, max_size=200)
 DTYPES = pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
-BORDERS = [0, 1, 31, 32, 33, 1023, 1024, 1025, 32767, 32768, 32769, 40_000, 40_031]
-"""Of blocks of 32 entries, of 32 of those and of 32 of those, in a density of 40,032 entries."""
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def codes_of(values, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+def weights_of(values, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-def brute_force(codes: torch.Tensor) -> torch.Tensor:
-    """The probability of each entry, from the formulas that the documentation gives."""
-    if codes.dtype == torch.int32:
-        weights = codes.double()
+def brute_force(weights: torch.Tensor) -> torch.Tensor:
+    """The probability of each index, from the formulas that the documentation gives."""
+    if weights.dtype == torch.int32:
+        weights = weights.double()
     else:
-        weights = torch.where(codes > 0, (dens.LARGEST * 2 ** (24 / 254 * (codes.double() - 255))).round(), 0.0)
+        weights = torch.where(weights > 0, (dens.LARGEST * 2 ** (24 / 254 * (weights.double() - 255))).round(), 0.0)
     return weights / weights.sum()
 
 
@@ -47,20 +45,15 @@ def p_value(counts: torch.Tensor, probability: torch.Tensor) -> float:
     return torch.special.gammaincc(torch.tensor(max(len(expected) - 1, 1)).double() / 2, statistic / 2).item()
 
 
-def same(a: dens.DiscreteDensity, b: dens.DiscreteDensity) -> bool:
-    pairs = zip((a.codes, *a.sums), (b.codes, *b.sums), strict=True)
-    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
-
-
 def spread(n: int, *marks: tuple[int, int], dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    codes = torch.zeros(n, dtype=dtype)
+    weights = torch.zeros(n, dtype=dtype)
     for index, value in marks:
-        codes[index] = value
-    return codes
+        weights[index] = value
+    return weights
 
 
 DENSITIES = {
-    "one entry": codes_of([3]),
+    "one index": weights_of([3]),
     "fewer than a block": torch.arange(20, dtype=torch.uint8) + 200,
     "one block": torch.arange(32, dtype=torch.uint8) + 200,
     "a block and one": torch.arange(33, dtype=torch.uint8) + 200,
@@ -84,75 +77,67 @@ DENSITIES = {
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_draws_follow_the_density(name):
-    codes = DENSITIES[name]
-    entry, probability = dens.draw(dens.tabulate(codes), 200_000, seeded(1))
-    expected = brute_force(codes)
-    assert p_value(torch.bincount(entry, minlength=len(codes)), expected) > 1e-4
-    torch.testing.assert_close(probability, expected[entry].float())
+    weights = DENSITIES[name]
+    index, probability = dens.draw(dens.from_weights(weights), 200_000, seeded(1))
+    expected = brute_force(weights)
+    assert p_value(torch.bincount(index, minlength=len(weights)), expected) > 1e-4
+    torch.testing.assert_close(probability, expected[index].float())
 
 
 def test_draws_are_independent():
-    codes = codes_of([240, 250, 0, 255])
-    pairs = dens.draw(dens.tabulate(codes), 200_000, seeded()).entry.view(-1, 2)
-    expected = torch.outer(brute_force(codes), brute_force(codes)).flatten()
+    weights = weights_of([240, 250, 0, 255])
+    pairs = dens.draw(dens.from_weights(weights), 200_000, seeded()).index.view(-1, 2)
+    expected = torch.outer(brute_force(weights), brute_force(weights)).flatten()
     assert p_value(torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16), expected) > 1e-4
 
 
 def test_draws_are_exact_beyond_2_to_the_24_entries():
     n = 2**24 + 1000
-    places = torch.tensor([0, dens.CHUNK - 1, dens.CHUNK, 2**24 - 1, 2**24, 2**24 + 1, n - 2, n - 1])
+    places = torch.tensor([0, 32 * dens.CHUNK - 1, 32 * dens.CHUNK, 2**24 - 1, 2**24, 2**24 + 1, n - 2, n - 1])
     values = torch.tensor([235, 240, 242, 245, 247, 250, 252, 255], dtype=torch.uint8)
-    codes = torch.zeros(n, dtype=torch.uint8).index_copy_(0, places, values)
-    entry, probability = dens.draw(dens.tabulate(codes), 200_000, seeded())
-    place = torch.searchsorted(places, entry)
-    assert torch.equal(places[place], entry)
+    weights = torch.zeros(n, dtype=torch.uint8).index_copy_(0, places, values)
+    index, probability = dens.draw(dens.from_weights(weights), 200_000, seeded())
+    place = torch.searchsorted(places, index)
+    assert torch.equal(places[place], index)
     assert p_value(torch.bincount(place, minlength=8), brute_force(values)) > 1e-4
     torch.testing.assert_close(probability, brute_force(values)[place].float())
 
-    full = dens.tabulate(codes.fill_(255))  # a total above 2^54
-    assert dens.total(full) == n * dens.LARGEST
-    entry, probability = dens.draw(full, 200_000, seeded())
+    full = dens.from_weights(weights.fill_(255))  # a total above 2^54
+    assert float(dens.total(full)) == n * dens.LARGEST
+    index, probability = dens.draw(full, 200_000, seeded())
     torch.testing.assert_close(probability, torch.full_like(probability, 1 / n), atol=0, rtol=1e-6)
-    for bins, place in ((64, entry % 64), (50, entry * 50 // n)):
+    for bins, place in ((64, index % 64), (50, index * 50 // n)):
         assert p_value(torch.bincount(place, minlength=bins), torch.full((bins,), 1 / bins)) > 1e-4
-
-
-def test_draws_are_uniform_up_to_the_largest_total():
-    """From the sums alone of three equal blocks, too large for entries that fit here: which block an entry is in."""
-    for total in (2**62, 2**62 * 2 // 3, 2**61 + 2**60, 2**60 // 7 * 6):
-        sums = torch.tensor([total // 3] * 3 + [0] * (dens.BRANCHES - 3))
-        entry = dens.draw(dens.DiscreteDensity(torch.ones(96, dtype=torch.int32), (sums,)), 50_000, seeded()).entry
-        assert p_value(torch.bincount(entry // dens.BRANCHES, minlength=3), torch.full((3,), 1 / 3)) > 1e-4
 
 
 @DTYPES
 @LAW
 @given(st.data(), st.integers(0, 99))
 def test_what_has_no_weight_is_never_drawn_and_probabilities_sum_to_one(dtype, data, seed):
-    codes = codes_of(data.draw(BYTES if dtype == torch.uint8 else COUNTS), dtype)
-    density = dens.tabulate(codes)
-    assert dens.total(density) == sum(dens.weight(codes).tolist())
+    weights = weights_of(data.draw(BYTES if dtype == torch.uint8 else COUNTS), dtype)
+    density = dens.from_weights(weights)
+    assert dens.total(density) == sum(dens.integer_weight(weights).tolist())
     if dens.total(density) == 0:
         return
-    entry, probability = dens.draw(density, 300, seeded(seed))
-    assert (codes[entry] > 0).all()
-    assert torch.equal(probability, dens.probability(density, entry))
-    everywhere = dens.probability(density, torch.arange(len(codes)))
-    torch.testing.assert_close(everywhere, brute_force(codes).float())
+    index, probability = dens.draw(density, 300, seeded(seed))
+    assert (weights[index] > 0).all()
+    assert torch.equal(probability, dens.probability(density, index))
+    everywhere = dens.probability(density, torch.arange(len(weights)))
+    torch.testing.assert_close(everywhere, brute_force(weights).float())
     torch.testing.assert_close(everywhere.sum(), torch.tensor(1.0))
 
 
 @DTYPES
 def test_an_empty_density_has_nothing_to_draw(dtype):
-    assert dens.total(dens.tabulate(torch.zeros(0, dtype=dtype))) == 0
-    assert dens.total(dens.tabulate(torch.zeros(70, dtype=dtype))) == 0
-    assert len(dens.draw(dens.tabulate(codes_of([1, 2], dtype)), 0, seeded()).entry) == 0
+    assert dens.total(dens.from_weights(torch.zeros(0, dtype=dtype))) == 0
+    assert dens.total(dens.from_weights(torch.zeros(70, dtype=dtype))) == 0
+    assert len(dens.draw(dens.from_weights(weights_of([1, 2], dtype)), 0, seeded()).index) == 0
 
 
 def test_draws_are_those_of_the_given_generator():
-    density = dens.tabulate(DENSITIES["not whole blocks"])
+    density = dens.from_weights(DENSITIES["not whole blocks"])
     before = torch.get_rng_state()
-    draws = [dens.draw(density, 500, seeded(seed)).entry for seed in (3, 3, 4)]
+    draws = [dens.draw(density, 500, seeded(seed)).index for seed in (3, 3, 4)]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
@@ -164,19 +149,19 @@ def test_draws_are_those_of_the_given_generator():
 )
 def test_bytes_are_monotone_and_within_a_few_per_cent(weights, dtype):
     exact = torch.tensor(sorted(weights), dtype=dtype)
-    codes = dens.encode(exact)
-    assert codes.dtype == torch.uint8 and codes.shape == exact.shape
-    assert (codes.int().diff() >= 0).all()
-    assert torch.equal(codes == 0, exact == 0)
+    weights = dens.encode(exact)
+    assert weights.dtype == torch.uint8 and weights.shape == exact.shape
+    assert (weights.int().diff() >= 0).all()
+    assert torch.equal(weights == 0, exact == 0)
     low = (exact > 0) & (exact < 2**-24)
-    assert (codes[low] <= 1).all()
+    assert (weights[low] <= 1).all()
     within = exact >= 2**-24
-    scale = 2 ** (24 / 254 * (codes[within].double() - 255))
+    scale = 2 ** (24 / 254 * (weights[within].double() - 255))
     assert ((scale / exact[within] - 1).abs() <= 0.034).all()
 
 
 def test_weights_double_every_254_over_24_bytes_and_are_positive_integers():
-    weights = dens.weight(torch.arange(256, dtype=torch.uint8))
+    weights = dens.integer_weight(torch.arange(256, dtype=torch.uint8))
     assert weights.dtype == torch.int64
     assert weights[0] == 0 and weights[1] == dens.LARGEST >> 24 and weights[255] == dens.LARGEST
     assert (weights.diff() > 0).all()
@@ -184,100 +169,87 @@ def test_weights_double_every_254_over_24_bytes_and_are_positive_integers():
 
 
 def test_what_is_encoded_from_the_weight_of_a_byte_is_that_byte():
-    codes = torch.arange(256, dtype=torch.uint8)
+    weights = torch.arange(256, dtype=torch.uint8)
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(dens.encode(dens.weight(codes).to(dtype) / dens.LARGEST), codes)
+        assert torch.equal(dens.encode(dens.integer_weight(weights).to(dtype) / dens.LARGEST), weights)
 
 
 def test_bytes_saturate_and_keep_the_shape():
     assert dens.encode(torch.tensor([[-1.0, 0.0], [1.0, 7.0]])).tolist() == [[0, 0], [255, 255]]
-    assert dens.weight(torch.zeros(2, 3, dtype=torch.uint8)).shape == (2, 3)
+    assert dens.integer_weight(torch.zeros(2, 3, dtype=torch.uint8)).shape == (2, 3)
 
 
 @LAW
 @given(COUNTS)
 def test_counts_are_weights_as_they_are(values):
-    codes = codes_of(values, torch.int32)
-    assert dens.weight(codes).tolist() == values
-    assert dens.total(dens.tabulate(codes)) == sum(values)
-
-
-@LAW
-@given(st.lists(st.integers(0, 255), min_size=1, max_size=40), st.floats(2**-30, 2**30))
-def test_scaling_multiplies_the_weights_within_the_scale(values, factor):
-    codes = codes_of(values)
-    scaled = dens.scale(codes, factor)
-    assert scaled.dtype == torch.uint8
-    assert torch.equal(scaled == 0, codes == 0)
-    weights = dens.weight(codes).double() / dens.LARGEST
-    for old, code, new in zip(weights.tolist(), scaled.tolist(), dens.weight(scaled).tolist(), strict=True):
-        expected = old * factor
-        if old and code == 1:
-            assert expected <= 2**-24 * 1.04
-        elif old and code == 255:
-            assert expected >= 1 / 1.04
-        elif old:
-            assert abs(new / dens.LARGEST / expected - 1) < 0.05  # half a byte, and integers
-    assert torch.equal(dens.scale(codes, 1.0), codes)
+    weights = weights_of(values, torch.int32)
+    assert dens.integer_weight(weights).tolist() == values
+    assert dens.total(dens.from_weights(weights)) == sum(values)
 
 
 @st.composite
-def changes(draw) -> tuple[list[int], list[tuple[list[int], int]]]:
-    """Entries of a few calls, borders among them and some more than once, and a seed for the codes of each call."""
-    n = draw(st.sampled_from([1, 5, 31, 32, 33, 64, 200, 1024, 1025, 2000, 40_032]))
-    near = st.sampled_from([index for index in BORDERS if index < n] + [n - 1])
-    calls = st.lists(near | st.integers(0, n - 1), max_size=12)
-    return n, draw(st.lists(st.tuples(calls, st.integers(0, 99)), min_size=1, max_size=5))
+def tables(draw) -> dens.TiledDensity:
+    """Random tiles with entries of no weight, tiles of none at all, and factors."""
+    shape, random = (draw(st.integers(1, 40)), draw(st.integers(1, 70))), seeded(draw(st.integers(0, 99)))
+    weights = torch.rand(shape, generator=random) ** 3
+    weights *= (torch.rand(shape, generator=random) < 0.7) * (torch.rand(shape[0], 1, generator=random) < 0.7)
+    weights[-1, -1] = draw(st.sampled_from((1.0, 1e-6)))
+    table = dens.from_weights(dens.encode(weights))
+    if draw(st.booleans()):
+        table = dens.with_factors(table, torch.rand(shape[0], generator=random) * 9 + 0.01)
+    return table
 
 
-@DTYPES
+def law_of(table: dens.TiledDensity) -> torch.Tensor:
+    """Probability of each index, by brute force."""
+    weights = dens.integer_weight(table.weights).double() * table.factors[:, None]
+    return (weights / weights.sum()).flatten()
+
+
+DRAWS = pytest.mark.parametrize("draw", [dens.draw, dens.draw_stratified])
+
+
+@DRAWS
 @LAW
-@given(changes(), st.booleans())
-def test_after_any_changes_the_tree_is_that_of_its_codes(dtype, case, empty):
-    n, calls = case
-    top = 256 if dtype == torch.uint8 else 2**31 - 1
-    codes = torch.zeros(n, dtype=dtype) if empty else torch.randint(top, (n,), generator=seeded(), dtype=dtype)
-    density, expected = dens.tabulate(codes), [{value} for value in codes.tolist()]
-    for index, seed in calls:
-        new = torch.randint(top, (len(index),), generator=seeded(seed), dtype=dtype)
-        dens.replace(density, torch.tensor(index, dtype=torch.int64), new)
-        for entry in set(index):
-            expected[entry] = {code for i, code in zip(index, new.tolist(), strict=True) if i == entry}
-    assert all(code in allowed for code, allowed in zip(density.codes.tolist(), expected, strict=True))
-    assert same(density, dens.tabulate(density.codes.clone()))
+@given(tables(), st.integers(0, 99))
+def test_draws_follow_the_weights_and_the_factors_of_their_tiles(draw, table, seed):
+    law = law_of(table)
+    index, probability = draw(table, 20_000, seeded(seed))
+    if (law > 0).sum() == 1:
+        assert (law[index] == 1).all()
+    else:
+        assert p_value(torch.bincount(index, minlength=len(law)).double(), law) > 1e-5
+    torch.testing.assert_close(probability.double(), law[index], rtol=1e-5, atol=0)
+    torch.testing.assert_close(dens.probability(table, torch.arange(len(law))).double(), law, rtol=1e-5, atol=0)
 
 
-@DTYPES
-def test_draws_follow_what_was_replaced(dtype):
-    """From nothing to something, and from something to nothing, also where one block changes as a whole."""
-    codes = torch.randint(230, 256, (1100,), generator=seeded(), dtype=dtype)
-    codes[64:96] = 0
-    density = dens.tabulate(codes)
-    index = torch.cat((torch.arange(32), torch.arange(64, 96), torch.tensor([1023, 1024, 1099, 1099])))
-    new = torch.cat((torch.zeros(32), torch.full((36,), 255))).to(dtype)
-    dens.replace(density, index, new)
-    wanted = torch.randint(230, 256, (1100,), generator=seeded(), dtype=dtype)
-    wanted[:32], wanted[64:96], wanted[1023:1025], wanted[1099] = 0, 255, 255, 255
-    entry, probability = dens.draw(density, 200_000, seeded(2))
-    assert p_value(torch.bincount(entry, minlength=1100), brute_force(wanted)) > 1e-4
-    torch.testing.assert_close(probability, brute_force(wanted)[entry].float())
+@LAW
+@given(tables(), st.integers(0, 99), st.integers(1, 3000))
+def test_stratified_draws_give_tiles_as_many_as_they_should_have(table, seed, count):
+    """Any row of tiles, but for the two strata that it cuts."""
+    index, _ = dens.draw_stratified(table, count, seeded(seed))
+    size = table.weights.shape[1]
+    counts = torch.bincount(index // size, minlength=len(table.sums)).double().cumsum(0)
+    assert (counts - count * law_of(table).view(-1, size).sum(dim=1).cumsum(0)).abs().max() < 2 + 1e-6
 
 
-def test_sums_hold_what_is_promised():
-    """2^32 entries of the largest weight are within the integers that targets are drawn from, and those in 64 bits."""
-    assert 2**32 * dens.LARGEST <= 2**62 < torch.iinfo(torch.int64).max
-    assert dens.weight(torch.arange(256, dtype=torch.uint8)).max() == dens.LARGEST
-    many = dens.tabulate(codes_of([255]).expand(2**26 + 1))
-    assert dens.total(many) == (2**26 + 1) * dens.LARGEST
-    counts = dens.tabulate(codes_of([2**31 - 1], torch.int32).expand(2**20 + 1))
-    assert dens.total(counts) == (2**20 + 1) * (2**31 - 1)
+def test_each_stratified_draw_by_itself_follows_the_density():
+    table = dens.from_weights(dens.encode(torch.rand(5, 3, generator=seeded(0))))
+    for number in (0, 2):
+        index = torch.stack([dens.draw_stratified(table, 3, seeded(seed)).index[number] for seed in range(2000)])
+        assert p_value(torch.bincount(index, minlength=15).double(), law_of(table)) > 1e-4
+
+
+@LAW
+@given(tables(), st.integers(0, 99))
+def test_factors_replace_each_other(table, seed):
+    factors = torch.rand(2, len(table.sums), generator=seeded(seed)) + 0.1
+    twice = dens.with_factors(dens.with_factors(table, factors[0]), factors[1])
+    assert all(map(torch.equal, twice, dens.with_factors(table, factors[1])))
 
 
 @DTYPES
 def test_memory_of_a_large_density_is_what_is_said(dtype):
-    codes = torch.zeros(3_000_001, dtype=dtype)
-    density = dens.tabulate(codes)
-    assert density.codes.data_ptr() == codes.data_ptr()
-    real = sum(part.untyped_storage().nbytes() for part in (density.codes, *density.sums))
-    assert real / len(codes) == pytest.approx(dens.bytes_per_entry(codes.element_size()), rel=1e-3)
-    assert len(density.sums[-1]) <= dens.BRANCHES
+    density = dens.from_weights(torch.zeros(3_000_001, dtype=dtype))
+    real = sum(part.untyped_storage().nbytes() for part in density)
+    assert real / 3_000_001 == pytest.approx(dens.bytes_per_entry(density.weights.element_size()), rel=1e-3)

@@ -27,14 +27,14 @@ def shares(place: float, cells: int) -> dict[int, float]:
 def samples(draw) -> tuple[tuple[int, int, int], torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = draw(SHAPES)
     rows = draw(st.lists(st.tuples(st.integers(0, shape[0] - 1), PLACES, PLACES, st.floats(0, 10)), max_size=12))
-    chart = torch.tensor([row[0] for row in rows], dtype=torch.int64)
+    image = torch.tensor([row[0] for row in rows], dtype=torch.int64)
     position = torch.tensor([row[1:3] for row in rows]).view(-1, 2)
-    return shape, chart, position, torch.tensor([row[3] for row in rows])
+    return shape, image, position, torch.tensor([row[3] for row in rows])
 
 
 @st.composite
 def errors(draw) -> torch.Tensor:
-    """Of very different sizes, with zeros: single cells, whole rows, whole charts."""
+    """Of very different sizes, with zeros: single cells, whole rows, whole images."""
     shape, seed = draw(SHAPES), draw(st.integers(0, 99))
     generator = torch.Generator().manual_seed(seed)
     error = torch.rand(shape, generator=generator) * 10 ** draw(st.floats(-6, 6))
@@ -46,12 +46,12 @@ def errors(draw) -> torch.Tensor:
 @LAW
 @given(samples())
 def test_deposits_are_the_bilinear_splat(case):
-    shape, chart, position, value = case
+    shape, image, position, value = case
     start = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     error = start.clone()
-    error_map.deposit(error, chart, position, value)
+    error_map.deposit(error, image, position, value)
     expected = start.double()
-    for k, (row, column), v in zip(chart.tolist(), position.tolist(), value.tolist(), strict=True):
+    for k, (row, column), v in zip(image.tolist(), position.tolist(), value.tolist(), strict=True):
         for i, down in shares(row, shape[1]).items():
             for j, across in shares(column, shape[2]).items():
                 expected[k, i, j] += down * across * v
@@ -60,11 +60,11 @@ def test_deposits_are_the_bilinear_splat(case):
 
 @LAW
 @given(samples())
-def test_deposits_keep_the_total_of_each_chart(case):
-    shape, chart, position, value = case
+def test_deposits_keep_the_total_of_each_image(case):
+    shape, image, position, value = case
     error = torch.zeros(shape)
-    error_map.deposit(error, chart, position, value)
-    expected = torch.zeros(shape[0]).index_add_(0, chart, value)
+    error_map.deposit(error, image, position, value)
+    expected = torch.zeros(shape[0]).index_add_(0, image, value)
     torch.testing.assert_close(error.sum(dim=(1, 2)), expected, atol=1e-5, rtol=1e-5)
     assert (error >= 0).all()
 
@@ -86,20 +86,20 @@ def test_a_deposit_at_a_centre_is_that_cells_alone_and_corners_belong_to_the_las
 @LAW
 @given(errors())
 def test_probabilities_are_the_triple_loop(error):
-    """A chart, then a row of it, then a column of that row, each in proportion to the error or, by the floor, not."""
-    charts, rows, columns = error.shape
+    """A image, then a row of it, then a column of that row, each in proportion to the error or, by the floor, not."""
+    images, rows, columns = error.shape
     values = error.double()
     expected = torch.zeros(error.shape, dtype=torch.float64)
     everything = values.sum().item()
-    for k in range(charts):
-        of_chart = values[k].sum().item()
-        chart = 0.9 * (of_chart / everything if everything else 1 / charts) + 0.1 / charts
+    for k in range(images):
+        of_image = values[k].sum().item()
+        image = 0.9 * (of_image / everything if everything else 1 / images) + 0.1 / images
         for i in range(rows):
             of_row = values[k, i].sum().item()
-            row = 0.99 * (of_row / of_chart if of_chart else 1 / rows) + 0.01 / rows
+            row = 0.99 * (of_row / of_image if of_image else 1 / rows) + 0.01 / rows
             for j in range(columns):
                 share = values[k, i, j].item() / of_row if of_row else 1 / columns
-                expected[k, i, j] = chart * row * (0.99 * share + 0.01 / columns)
+                expected[k, i, j] = image * row * (0.99 * share + 0.01 / columns)
     torch.testing.assert_close(error_map.probabilities(error), expected.float(), atol=1e-7, rtol=1e-4)
 
 
@@ -107,13 +107,13 @@ def test_probabilities_are_the_triple_loop(error):
 @given(errors())
 def test_probabilities_sum_to_one_and_keep_their_floors(error):
     p = error_map.probabilities(error).double()
-    charts, rows, columns = error.shape
+    images, rows, columns = error.shape
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    of_chart, of_row = p.sum(dim=(1, 2)), p.sum(dim=2)
+    of_image, of_row = p.sum(dim=(1, 2)), p.sum(dim=2)
     least = 1 - 1e-4
-    assert (of_chart >= least * error_map.CHART_FLOOR / charts).all()
-    assert (of_row >= least * error_map.FLOOR / rows * of_chart[:, None]).all()
-    assert (p >= least * error_map.FLOOR / columns * of_row[:, :, None]).all()
+    assert (of_image >= least * error_map.IMAGE_FLOOR / images).all()
+    assert (of_row >= least * error_map.CELL_FLOOR / rows * of_image[:, None]).all()
+    assert (p >= least * error_map.CELL_FLOOR / columns * of_row[:, :, None]).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 4), (5, 2, 7)])

@@ -26,7 +26,7 @@ def colours(draw) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def weights_of(q: torch.Tensor, alpha: float) -> torch.Tensor:
-    return imp.soft_weights(imp.relative_density(q, q.mean()), alpha)
+    return imp.soft_weights(imp.density_ratio(q, q.mean()), alpha)
 
 
 @LAW
@@ -73,11 +73,11 @@ def test_weights_fall_with_the_density(alpha, density):
 
 @LAW
 @given(st.integers(1, 9), st.floats(0.1, 100))
-def test_relative_density_integrates_to_one_over_uniform_draws_and_ignores_the_scale(count, scale):
+def test_the_density_ratio_integrates_to_one_over_uniform_draws_and_ignores_the_scale(count, scale):
     q = torch.rand(count, generator=torch.Generator().manual_seed(count)) + 0.01
-    density = imp.relative_density(q, q.mean())
+    density = imp.density_ratio(q, q.mean())
     torch.testing.assert_close(density.mean(), torch.tensor(1.0))
-    torch.testing.assert_close(imp.relative_density(scale * q, (scale * q).mean()), density)
+    torch.testing.assert_close(imp.density_ratio(scale * q, (scale * q).mean()), density)
 
 
 def test_alpha_one_with_the_true_density_is_an_unbiased_uniform_loss():
@@ -90,7 +90,7 @@ def test_alpha_one_with_the_true_density_is_an_unbiased_uniform_loss():
     assert (p * weights_of(q, 0.8) * error).sum() > 1.1 * exact
 
     drawn = torch.multinomial(p, 100_000, replacement=True, generator=generator)
-    estimates = imp.soft_weights(imp.relative_density(q[drawn], q.mean()), alpha=1.0) * error[drawn]
+    estimates = imp.soft_weights(imp.density_ratio(q[drawn], q.mean()), alpha=1.0) * error[drawn]
     standard_error = estimates.std() / math.sqrt(len(drawn))
     assert standard_error < 0.003 * exact
     assert (estimates.mean() - exact).abs() < 4 * standard_error

@@ -9,9 +9,10 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
 
-from nerfstudio_softmining.data.datamanager import SoftMiningDataManager, _moving_with
-from nerfstudio_softmining.models.nerfacto import SoftMiningNerfactoModelConfig
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY, MiningBatch
+from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager, _moving_with
+from nerfstudio_softmining.plugin.nerfacto import SoftMiningNerfactoModelConfig
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
+from nerfstudio_softmining.samplers.base import MiningBatch
 
 RAYS = 48
 CAMERAS = {

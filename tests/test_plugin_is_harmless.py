@@ -22,7 +22,7 @@ import importlib.abc, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "nerfstudio_softmining.data.datamanager":
+        if name == "nerfstudio_softmining.plugin.datamanager":
             raise RuntimeError("this torch is of the wrong age")
 
 sys.meta_path.insert(0, Finder())

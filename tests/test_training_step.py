@@ -16,13 +16,12 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 
-from nerfstudio_softmining import methods
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.feedback import BATCH_KEY
-from nerfstudio_softmining.sampling.sampler import STRATEGIES
+from nerfstudio_softmining.plugin import methods
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler
 
-KINDS = ("uniform", *STRATEGIES)
+KINDS = tuple(SPECS)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ class Training:
 
     @property
     def pool(self):
-        return self.pipeline.datamanager.train_pixel_sampler.strategy.pool
+        return self.pipeline.datamanager.train_pixel_sampler.run.state.chains
 
     def step(self, spoil: float = 1.0, autocast: bool = False) -> None:
         self.pipeline.train()
@@ -125,21 +124,23 @@ def test_every_kind_trains(scene, kind):
     training = Training(scene, kind=kind)
     for _ in range(4):
         training.step()
-    assert training.last.importance.isfinite().all() and (training.last.density > 0).any()
+    assert training.last.importance.isfinite().all() and (training.last.density_ratio > 0).any()
     assert (training.last.coords is not None) == (kind == "langevin")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "uniform"])
-def test_rays_are_weighed_by_their_density_if_asked_for(scene, kind):
-    for reweighted in (False, True):
+def test_rays_are_weighted_by_their_density_if_asked_for(scene, kind):
+    for weighted in (False, True):
         training = Training(scene, kind=kind)
         sampler = training.pipeline.datamanager.train_pixel_sampler
-        sampler.config.of_kind(kind).reweighted = reweighted
-        sampler.config.of_kind(kind).alpha_warmup = 0
+        sampler.config.config_for(kind).importance_weighted = weighted
+        sampler.config.config_for(kind).alpha_warmup = 0
         training.step()
         mining = training.last
-        known = ~mining.density.isnan()
-        weights = mining.density.pow(-0.6) if reweighted else torch.ones_like(mining.density)
+        known = torch.ones(len(mining.indices), dtype=torch.bool)
+        if mining.follows_importance is not None:
+            known = ~mining.follows_importance
+        weights = mining.density_ratio.pow(-0.6) if weighted else torch.ones_like(mining.density_ratio)
         torch.testing.assert_close(mining.weighted_error[known], (weights * mining.error)[known])
 
 
@@ -149,10 +150,10 @@ def test_evaluating_all_pixels_gives_their_importance_and_leaves_the_training_as
     sampler, model = training.pipeline.datamanager.train_pixel_sampler, training.pipeline.model
     indices = training.last.indices
     before, proposals = torch.get_rng_state(), model.get_extra_state()
-    importance = sampler.evaluate(indices)
+    importance = training.pipeline.datamanager._importance(indices)
     assert torch.equal(torch.get_rng_state(), before) and model.get_extra_state() == proposals
     outputs = model(training.pipeline.datamanager.train_ray_generator(indices))
-    expected = (outputs["rgb"] - sampler.at(indices)["image"]).abs().mean(dim=-1)
+    expected = (outputs["rgb"] - sampler.batch_at(indices)["image"]).abs().mean(dim=-1)
     # samples along a ray are jittered
     assert torch.corrcoef(torch.stack((importance, expected.detach())))[0, 1] > 0.9
 
@@ -162,6 +163,8 @@ def test_uniform_sampling_is_nerfactos_own(scene):
     training = Training(scene, kind="uniform")
     training.pipeline.train()
     torch.manual_seed(3)
+    made = []
+    training.pipeline.model.register_forward_pre_hook(lambda module, inputs: made.append(inputs[0]))
     outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
     ours = training.pipeline.datamanager.config
     random.seed(0)
@@ -170,7 +173,7 @@ def test_uniform_sampling_is_nerfactos_own(scene):
     rays, batch = stock.next_train(5000)
     mining = training.pipeline.datamanager._mining_batch
     assert torch.equal(batch["indices"], mining.indices)
-    assert torch.equal(rays.directions, mining.directions) and torch.equal(rays.origins, mining.origins)
+    assert torch.equal(rays.directions, made[0].directions) and torch.equal(rays.origins, made[0].origins)
     torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], batch["image"]))
 
 
@@ -179,10 +182,11 @@ def test_cached_bytes_become_the_colours_that_nerfstudio_loads(scene, alpha_colo
     training = Training(scene)
     manager = training.pipeline.datamanager
     stock = InputDataset(replace(manager.train_dataparser_outputs, alpha_color=alpha_color and torch.ones(3)))
-    manager.train_pixel_sampler.background = alpha_color and torch.ones(3)
-    manager.train_pixel_sampler.training = True
+    config, background = manager.config.pixel_sampler, alpha_color and torch.ones(3)
+    sampler = MiningPixelSampler(config, len(manager.train_dataset), background=background)
+    sampler.training = True
     cached = next(manager.iter_train_image_dataloader)
-    batch = manager.train_pixel_sampler.sample(cached)
+    batch = sampler.sample(cached)
     assert cached["image"].dtype == torch.uint8
     expected = [stock[image]["image"][row, column] for image, row, column in batch["indices"].tolist()]
     assert torch.equal(batch["image"], torch.stack(expected))
@@ -193,7 +197,7 @@ def test_alpha_of_zero_is_the_models_own_loss(scene):
     training.pipeline.train()
     outputs, losses, _ = training.pipeline.get_train_loss_dict(5000)
     mining = training.pipeline.datamanager._mining_batch
-    colours = training.pipeline.datamanager.train_pixel_sampler.at(mining.indices)["image"]
+    colours = training.pipeline.datamanager.train_pixel_sampler.batch_at(mining.indices)["image"]
     torch.testing.assert_close(losses["rgb_loss"], torch.nn.functional.mse_loss(outputs["rgb"], colours))
 
 

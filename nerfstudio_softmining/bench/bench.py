@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import torch
+from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.bench import report
 from nerfstudio_softmining.bench.preset import Preset, Scene, read, trainer_config
 from nerfstudio_softmining.bench.results import Results
 from nerfstudio_softmining.bench.training import Run, train
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
-def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
+def run_bench(
+    path: Path, data: Path, output: Path, changes: dict, prepare: Callable[[TrainerConfig], None] = lambda config: None
+) -> bool:
     """Run what a preset asks for and has not been run yet, then report.
 
     Args:
@@ -29,12 +33,13 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
         data: folder that the scenes' folders are in.
         output: folder for everything that comes out.
         changes: what flags say instead of the preset; empty or None where they say nothing.
+        prepare: changes the settings of each run before it starts.
 
     Returns:
         Whether every run went well.
 
     Raises:
-        UserError: for a preset, a flag or data that can not be used, before anything is run.
+        UserError: for a preset, a flag or data that cannot be used, before anything is run.
     """
     preset = override(read(path), changes)
     results = Results(output, preset.at, {scene.path: dataclasses.asdict(scene) for scene in preset.scenes})
@@ -67,6 +72,7 @@ def run_bench(path: Path, data: Path, output: Path, changes: dict) -> bool:
             is_shown = seed == preset.seeds[0]
             pictures = output / "pictures" / scene.path.replace("/", "_") / sampler if is_shown else None
             config = trainer_config(scene, sampler, seed, data, output / "runs")
+            prepare(config)
             try:
                 train(Run(config, preset.at, scene.views, entries, pictures), evaluated, advance)
                 results.succeeded(name)

@@ -12,13 +12,10 @@ import yaml
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 
-from nerfstudio_softmining import compat
-from nerfstudio_softmining.bench.settings import apply
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.sampling.sampler import STRATEGIES
-
-BASELINES = ("uniform", "uniform-weighted")
-"""Uniform sampling as in nerfacto, and with the weights of soft mining: the control."""
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.samplers import registry
+from nerfstudio_softmining.settings import apply
 
 
 @dataclass(frozen=True)
@@ -96,16 +93,17 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     Raises:
         UserError: if the sampler, the method or a setting is not known.
     """
-    name, *own = sampler.split(",")
-    is_peer = name not in (*BASELINES, *STRATEGIES)
+    known = registry.samplers(scenes=True)
+    name, own = registry.parse(sampler)
+    is_peer = name not in known
     method = name if is_peer else scene.method
     if method not in all_methods:
-        known = ", ".join((*BASELINES, *STRATEGIES))
-        raise UserError(f"{method!r} is neither a sampler ({known}) nor an installed nerfstudio method.")
+        names = ", ".join((*known, *registry.ALIASES))
+        raise UserError(f"{method!r} is neither a sampler ({names}) nor an installed nerfstudio method.")
     config: TrainerConfig = deepcopy(all_methods[method])  # type: ignore[assignment]
     pipeline: Any = config.pipeline
     if not is_peer and not hasattr(pipeline.datamanager.pixel_sampler, "kind"):
-        raise UserError(f"the sampler of {method} can not be chosen. Name a softmining method for {scene.path}.")
+        raise UserError(f"the sampler of {method} cannot be chosen. Name a softmining method for {scene.path}.")
     if scene.dataparser is not None:
         pipeline.datamanager.dataparser = _dataparser(scene.dataparser)
     elif is_peer:
@@ -116,13 +114,11 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     config.experiment_name, config.timestamp = sampler, str(seed)
     config.machine.seed, config.machine.device_type = seed, compat.device_type()
     config.vis = "tensorboard"
-    if name == "uniform-weighted":
-        pipeline.datamanager.pixel_sampler.kind, pipeline.model.weight_by = "uniform", "importance"
-    elif not is_peer:
+    if not is_peer:
         pipeline.datamanager.pixel_sampler.kind = name
     places = [pipeline.model, pipeline.datamanager, getattr(pipeline.datamanager, "pixel_sampler", None)]
-    if name in STRATEGIES:
-        places.append(places[-1].of_kind(name))
+    if not is_peer:
+        places.append(pipeline.datamanager.pixel_sampler.config_for(name))
     for setting in (*scene.set, *own):
         apply(setting, places, required=setting in own, sampler=sampler)
     for place in places:

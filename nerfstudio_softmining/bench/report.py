@@ -120,8 +120,10 @@ def iterations(wanted: Sequence[float], runs: Runs) -> Table:
 
 
 def reached(runs: Runs, sampler: str, psnr: float) -> float | None:
-    """The iteration at which the mean over the seeds reaches a PSNR, interpolated between evaluations; None if it does
-    not. What the first evaluation has passed already is counted as reached there."""
+    """Return the iteration at which the mean over the seeds reaches a PSNR, or None if it does not.
+
+    Iterations are interpolated between evaluations. What the first evaluation has passed counts as reached there.
+    """
     mine = [run for run in runs if run["sampler"] == sampler]
     curve = [
         (at, float(np.mean([run["psnr"] for run in mine if run["iteration"] == at]))) for at in iterations_of(mine)

@@ -29,7 +29,7 @@ class Results:
             output.mkdir(parents=True, exist_ok=True)
             self.content: dict = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"--output is {output}, which can not be used ({error}). Name another folder.") from error
+            raise UserError(f"--output is {output}, which cannot be used ({error}). Name another folder.") from error
         if not self.content.get("runs"):  # failures alone bind nobody
             self.content = {}
         settings = json.loads(json.dumps({"at": at, "scenes": scenes}))

@@ -18,9 +18,9 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.scripts.train import _set_random_seed
 from torch import Tensor
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
 
 METRICS = ("psnr", "ssim", "lpips")
 
@@ -97,7 +97,7 @@ def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = None) -> dict[str, float | None]:
-    """Mean metrics over held-out views; None where one can not be had.
+    """Mean metrics over held-out views; None where one cannot be had.
 
     Args:
         trainer: what is evaluated.

@@ -248,7 +248,7 @@ def next_rays(checkpoint: Path, images: list[Image8]) -> NDArray[np.int64]:
     """
     import torch
 
-    from nerfstudio_softmining.sampling.sampler import MiningPixelSamplerConfig
+    from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSamplerConfig
 
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     sampler = MiningPixelSamplerConfig(num_rays_per_batch=SHOWN_RAYS).setup()

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from nerfstudio.field_components.mlp import MLP
 from torch import Tensor, nn
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images.config import FitConfig
+from nerfstudio_softmining.plugin import compat
 
 PRIME = -1640531535
 """2654435761 of the spatial hash, as a 32-bit integer."""
@@ -29,8 +29,10 @@ class _Interpolation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, down: Tensor, across: Tensor) -> Tensor:
-        """Features [features, levels, n] of a table [features, entries] at corners [4, levels, n]: top left, top right,
-        bottom left, bottom right."""
+        """Interpolate features [features, levels, n] of a table [features, entries] between corners [4, levels, n].
+
+        Corners come in the order top left, top right, bottom left, bottom right.
+        """
         flat = index.view(1, -1).expand(len(table), -1)
         entries = table.gather(1, flat).view(len(table), *index.shape)
         top = torch.lerp(entries[:, 0], entries[:, 1], across)
@@ -124,7 +126,7 @@ class Field(nn.Module):
         device: where it is to be.
 
     Raises:
-        UserError: if tiny-cuda-nn is asked for and can not be had.
+        UserError: if tiny-cuda-nn is asked for and cannot be had.
     """
 
     def __init__(self, config: FitConfig, size: tuple[int, int], channels: int, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,58 +18,26 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from nerfstudio_softmining import compat
-from nerfstudio_softmining.bench.settings import apply
-from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.field import Field
 from nerfstudio_softmining.images.photo import Encoding, Photo
-from nerfstudio_softmining.images.rivals import (
-    EvosConfig,
-    EvosStrategy,
-    FitSurroundings,
-    GreedyConfig,
-    GreedyStrategy,
-    UniformConfig,
-    UniformStrategy,
-)
-from nerfstudio_softmining.sampling.detail import DetailConfig, DetailStrategy
-from nerfstudio_softmining.sampling.edge import EdgeConfig, EdgeStrategy
-from nerfstudio_softmining.sampling.error_map import ErrorMapConfig, ErrorMapStrategy
-from nerfstudio_softmining.sampling.feedback import MiningBatch
-from nerfstudio_softmining.sampling.langevin import LangevinConfig, LangevinStrategy
-from nerfstudio_softmining.sampling.loss import SoftMinedLoss
-from nerfstudio_softmining.sampling.multinomial import MultinomialConfig, MultinomialStrategy
-from nerfstudio_softmining.sampling.pixels import CachedPixels
-from nerfstudio_softmining.sampling.quadtree import QuadtreeConfig, QuadtreeStrategy
-from nerfstudio_softmining.sampling.strategy import Flags, Strategy, StrategyConfig, indices_of
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.loss import SoftMinedLoss
+from nerfstudio_softmining.samplers import registry
+from nerfstudio_softmining.samplers.base import MiningBatch, SamplerConfig, SamplerContext
+from nerfstudio_softmining.samplers.images import TrainingImages
+from nerfstudio_softmining.samplers.state import SamplerRun
+from nerfstudio_softmining.settings import apply, check
 
-SAMPLERS: dict[str, tuple[Callable[[], StrategyConfig], type[Strategy]]] = {
-    "uniform": (UniformConfig, UniformStrategy),
-    "uniform-weighted": (UniformConfig, UniformStrategy),
-    "detail": (DetailConfig, DetailStrategy),
-    "edge": (EdgeConfig, EdgeStrategy),
-    "langevin": (lambda: LangevinConfig(drift=1e-5, noise=1e-3), LangevinStrategy),  # section 4.1
-    "multinomial": (MultinomialConfig, MultinomialStrategy),
-    "error-map": (ErrorMapConfig, ErrorMapStrategy),
-    "quadtree": (QuadtreeConfig, QuadtreeStrategy),
-    "greedy": (GreedyConfig, GreedyStrategy),
-    "evos": (EvosConfig, EvosStrategy),
-}
-"""Settings and class of each way of choosing points."""
-ALPHA = {"detail": 0.3}
-"""Softness of the samplers that do better with another one than the paper's."""
 PAPERS_ALPHA = 0.6
-"""Softness of all others (section 4.1)."""
-FLAGS = Flags(setting="--samplers {kind},{name}", batch="--batch", map_memory="map memory")
+"""Softness of samplers that have none of their own (section 4.1)."""
 DECAY = 0.33
 """Factor on the learning rate, as in Instant-NGP's settings for photographs."""
 AVERAGED_EVERY = 10
 """Steps between two updates of the averaged weights."""
 AVERAGE_DECAY = 0.99
 """Decay a step of the averaged weights, which are what is shown; as in Instant-NGP's settings for photographs."""
-MAP_MEMORY = 2.0
-"""Gigabytes that a map of edges or errors may take."""
 EVALUATED = 1 << 20
 """Pixels that PSNR is of, in photographs that have more: one at random of each of as many equal parts."""
 CHUNK = 1 << 16
@@ -90,34 +58,40 @@ class Settings:
     """Training steps."""
     config: FitConfig
     """The rest, with the sampler's own settings applied."""
-    strategy: StrategyConfig
-    """Settings of the way of choosing points."""
+    sampler_config: SamplerConfig
+    """Settings of the sampler itself."""
 
     @property
     def kind(self) -> str:
-        """The way of choosing points, without settings."""
-        return self.sampler.partition(",")[0]
+        """Name of the sampler, without settings."""
+        return registry.parse(self.sampler)[0]
 
 
 def make_settings(sampler: str, seed: int, iterations: int, config: FitConfig) -> Settings:
     """Settings of a fit from the command line.
 
     Raises:
-        UserError: if the sampler is not known, or a setting of its own makes no sense.
+        UserError: if the sampler is unknown, or a setting of its own makes no sense.
     """
-    kind, *own = sampler.split(",")
-    if kind not in SAMPLERS:
-        raise UserError(f"--samplers has {kind!r}. Photographs have {', '.join(SAMPLERS)}.")
-    config, strategy = deepcopy(config), SAMPLERS[kind][0]()
+    kind, own = registry.parse(sampler)
+    specs = registry.samplers()
+    if kind not in specs:
+        raise UserError(f"--samplers has {kind!r}. Photographs have {', '.join((*specs, *registry.ALIASES))}.")
+    config, defaults = deepcopy(config), specs[kind].sampler.photo_settings
+    sampler_config = specs[kind].config(**{name: value for name, value in defaults.items() if name != "alpha"})
     if config.alpha is None:
-        config.alpha = ALPHA.get(kind, PAPERS_ALPHA)
-    if kind == "uniform-weighted":
-        config.weight_by = "importance"
+        config.alpha = defaults.get("alpha", PAPERS_ALPHA)
     for setting in own:
-        apply(setting, (config, strategy), required=True, sampler=sampler)
+        apply(setting, (config, sampler_config), required=True, sampler=sampler)
     config.__post_init__()
-    strategy.check(kind, FLAGS)
-    return Settings(sampler, seed, iterations, config, strategy)
+    with naming_flags(lambda name: sampler_flag(kind, name)):
+        check(sampler_config)
+    return Settings(sampler, seed, iterations, config, sampler_config)
+
+
+def sampler_flag(kind: str, name: str) -> str:
+    """Return the flag of a field that a sampler has named."""
+    return "--batch" if name == "num_rays" else f"--samplers {kind},{name}"
 
 
 class Fit:
@@ -143,27 +117,24 @@ class Fit:
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         assert self.config.alpha is not None, "settings come from make_settings"
         self.loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
-        self.strategy = self._make_strategy()
+        self.run = self._make_run()
         self.iteration = 0
         self.drawn: deque[Tensor] = deque(maxlen=REMEMBERED)
         """Positions of the last batches."""
 
-    def _make_strategy(self) -> Strategy:
-        surroundings = FitSurroundings(
+    def _make_run(self) -> SamplerRun:
+        context = SamplerContext(
             num_images=1,
             generator=self.generator,
-            cell_side=1,
-            map_memory=MAP_MEMORY,
-            evaluate=lambda indices: self.residual(indices[:, 1:]).abs().mean(dim=-1),
-            flags=FLAGS,
+            cell_size=1,
+            importance=lambda indices: self.residual(indices[:, 1:]).abs().mean(dim=-1),
             residual=self.residual,
-            iterations=self.settings.iterations,
+            num_iterations=self.settings.iterations,
         )
-        kind = self.settings.kind
-        strategy = SAMPLERS[kind][1](self.settings.strategy, kind, surroundings)
-        images = {"image": self.photo.values[None], "image_idx": torch.zeros(1, dtype=torch.int64)}
-        strategy.cache(CachedPixels(images, 1, premultiplied=True, generator=self.generator))
-        return strategy
+        batch = {"image": self.photo.values[None], "image_idx": torch.zeros(1, dtype=torch.int64)}
+        images = TrainingImages(batch, 1, premultiplied=True, generator=self.generator)
+        spec = registry.samplers()[self.settings.kind]
+        return SamplerRun(spec.sampler, self.settings.sampler_config, context, images)
 
     def step(self) -> None:
         """Train on one batch."""
@@ -172,22 +143,15 @@ class Fit:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimise()
-        self.learn(batch, position)
+        self.update(batch, position)
 
     def draw(self) -> tuple[MiningBatch, Float[Tensor, "n 2"]]:
         """Draw the points of a step; their positions are in pixels."""
-        strategy = self.strategy
-        pool, num_uniform = strategy.draw(self.config.batch)
-        batch = MiningBatch(
-            indices_of(pool),
-            pool.density,
-            num_uniform,
-            strategy.config.reweighted,
-            strategy.config.alpha_warmup,
-            step=self.iteration,
-        )
-        position = pool.position.detach()
-        if strategy.wants_gradient:
+        with naming_flags(lambda name: sampler_flag(self.settings.kind, name)):
+            samples = self.run.draw(self.config.batch)
+        batch = self.run.batch(samples, step=self.iteration)
+        position = samples.pixels.position.detach()
+        if self.run.sampler.needs_gradient:
             batch.coords = position.requires_grad_()
         self.loss.batch = batch
         return batch, position
@@ -203,9 +167,9 @@ class Fit:
         if self.iteration % AVERAGED_EVERY == 0:
             self.average.update_parameters(self.field)
 
-    def learn(self, batch: MiningBatch, position: Float[Tensor, "n 2"]) -> None:
-        """Tell the strategy how the points of a step fared."""
-        self.strategy.update(batch, applied=True)
+    def update(self, batch: MiningBatch, position: Float[Tensor, "n 2"]) -> None:
+        """Update the sampler after the backward pass of a step."""
+        self.run.update(batch)
         self.drawn.append(position.detach())
         self.iteration += 1
 
@@ -228,8 +192,10 @@ class Fit:
         )
 
     def psnr(self, count: int = EVALUATED) -> float:
-        """PSNR in dB over `count` pixels, one at random of each of as many equal parts and always the same; over all
-        if there are no more."""
+        """Compute the PSNR in dB over `count` pixels, or over all if there are no more.
+
+        One pixel is taken at random of each of as many equal parts, always the same.
+        """
         height, width = self.photo.size
         device, total = self.size.device, height * width
         metric = PeakSignalNoiseRatio(data_range=1.0).to(device)
@@ -263,7 +229,7 @@ class Fit:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": scheduler,
-            "strategy": self.strategy.state_dict(),
+            "run": self.run.state_dict(),
             "generator": self.generator.get_state(),
             "drawn": list(self.drawn),
         }
@@ -275,7 +241,7 @@ class Fit:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.strategy.load_state_dict(state["strategy"])
+        self.run.load_state_dict(state["run"])
         self.generator.set_state(state["generator"].cpu())
         self.drawn.extend(state["drawn"])
 

@@ -18,7 +18,6 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from nerfstudio_softmining import compat
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.bench.results import Results
 from nerfstudio_softmining.errors import UserError
@@ -37,6 +36,7 @@ from nerfstudio_softmining.images.fit import (
     save,
 )
 from nerfstudio_softmining.images.photo import Photo
+from nerfstudio_softmining.plugin import compat
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 LIVE = 100
@@ -120,7 +120,7 @@ def run_image(
         The exit code: 0 if all went well, 1 if a fit failed, 130 after Ctrl-C.
 
     Raises:
-        UserError: for a photograph or settings that can not be used, before anything is trained.
+        UserError: for a photograph or settings that cannot be used, before anything is trained.
     """
     if not at or sorted(set(at)) != list(at) or at[0] < 1:
         raise UserError(f"--at is {list(at)}: it is iterations in rising order, such as 500 1000 2000 5000.")
@@ -231,8 +231,10 @@ def _preview(fit: Fit, path: Path) -> None:
 
 
 def _picture_of_draws(fit: Fit, path: Path) -> None:
-    """How often each part of the photograph was drawn in the last batches, relative to a uniform draw; as a picture in
-    which 128 is as often and 16 steps are a factor of two."""
+    """Write how often each part of the photograph was drawn in the last batches, relative to a uniform draw.
+
+    In the picture 128 is as often, and 16 steps are a factor of two.
+    """
     rows, columns = _fitting(fit.photo.size, DRAWS_SIDE)
     while rows * columns > 1 and sum(map(len, fit.drawn)) < 4 * rows * columns:
         rows, columns = max(1, rows // 2), max(1, columns // 2)
@@ -284,7 +286,7 @@ def run_render(checkpoint: Path, output: Path, size: tuple[int, int] | None, sca
         scale: factor on the photograph's size.
 
     Raises:
-        UserError: if the checkpoint or the size can not be used.
+        UserError: if the checkpoint or the size cannot be used.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = load(checkpoint, device)
@@ -299,5 +301,5 @@ def run_render(checkpoint: Path, output: Path, size: tuple[int, int] | None, sca
     try:
         path = photos.write(encoding.decode(picture), output)
     except (OSError, cv2.error) as error:
-        raise UserError(f"--output is {output}, which can not be written ({error}). Name another file.") from error
+        raise UserError(f"--output is {output}, which cannot be written ({error}). Name another file.") from error
     CONSOLE.print(f"{path}: {height} x {width} pixels", markup=False, highlight=False, soft_wrap=True)

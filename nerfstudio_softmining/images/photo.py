@@ -26,7 +26,7 @@ class Encoding:
 
     Integers are divided by their limit. High dynamic range is compressed, as an error in a lamp would outweigh all
     others: x becomes sign(x) log(1 + |x| / unit), with the median of |x| as the unit, stretched from `low` - `high` to
-    [0, 1]. Colours are multiplied by alpha, so that what can not be seen is not fitted.
+    [0, 1]. Colours are multiplied by alpha, so that what cannot be seen is not fitted.
     """
 
     dtype: str
@@ -112,7 +112,7 @@ def read(path: Path) -> Photo:
     """Read a photograph of 8 or 16 bit, or of high dynamic range; grey, RGB or RGBA; turned as its EXIF says.
 
     Raises:
-        UserError: if it can not be used, with the reason.
+        UserError: if it cannot be used, with the reason.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file. Name a photograph, such as photo.jpg.")
@@ -121,7 +121,7 @@ def read(path: Path) -> Photo:
         if image is not None and (image.ndim == 2 or image.shape[2] in (1, 3)):
             image = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # minds EXIF, and drops alpha
     except cv2.error as error:
-        raise UserError(f"OpenCV can not read {path}: {error}. Convert it to PNG or JPEG.") from error
+        raise UserError(f"OpenCV cannot read {path}: {error}. Convert it to PNG or JPEG.") from error
     if image is None:
         raise UserError(f"{path} is not an image that OpenCV reads. Convert it to PNG, JPEG, TIFF, .hdr or .exr.")
     values = image[..., None] if image.ndim == 2 else image
@@ -173,7 +173,7 @@ def write(values: NDArray, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[values.shape[2]]
     if not cv2.imwrite(str(path), np.ascontiguousarray(values[..., order])):
-        raise UserError(f"{path} can not be written. Name another --output.")
+        raise UserError(f"{path} cannot be written. Name another --output.")
     return path
 
 

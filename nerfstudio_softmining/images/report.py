@@ -116,8 +116,13 @@ def crops(photo: Photo, pictures: Sequence[Picture]) -> Figure:
 
 
 def largest_differences(photo: Photo, pictures: Sequence[Picture], side: int) -> list[tuple[int, int]]:
-    """First row and column of the square windows in which the squared errors of the first and the last picture differ
-    most, no two of them overlapping; of a single picture, those of the largest error."""
+    """Find the square windows in which the squared errors of the first and the last picture differ most.
+
+    No two of them overlap. Of a single picture, they are those of the largest error.
+
+    Returns:
+        First row and column of each window.
+    """
     first, last = (_squared_error(photo, picture) for picture in (pictures[0], pictures[-1]))
     difference = np.abs(first - last) if len(pictures) > 1 else first
     blurred = cv2.boxFilter(difference, -1, (side, side), anchor=(0, 0), borderType=cv2.BORDER_REPLICATE)

@@ -2,15 +2,15 @@
 
 The method reads in this order:
 
-- [importance][nerfstudio_softmining.mining.importance]: error, importance and weight of a sample (eq. 7-9);
-- [langevin][nerfstudio_softmining.mining.langevin]: the pool of Langevin chains (eq. 10) and its re-initialisation;
-- [edges][nerfstudio_softmining.mining.edges]: where re-initialised chains start (Sobel, section 4.1), and the contrast
-  and detail of an image;
-- [density][nerfstudio_softmining.mining.density]: exact draws from a table of weights that can change entry by entry;
-- [tiles][nerfstudio_softmining.mining.tiles]: draws from a table that is fixed within tiles, and changes tile by tile;
-- [error_map][nerfstudio_softmining.mining.error_map]: a coarse map of the error of each image.
+- [importance][nerfstudio_softmining.mining.importance]: error, importance and weight of a sample (eq. 5-9);
+- [langevin][nerfstudio_softmining.mining.langevin]: the Langevin chains (eq. 10) and their re-initialisation;
+- [density][nerfstudio_softmining.mining.density]: exact draws from a table of weights;
+- [priors][nerfstudio_softmining.mining.priors]: edges, contrast and detail of an image;
+- [shrinkage][nerfstudio_softmining.mining.shrinkage]: ratios of error by tile where few samples have been seen;
+- [error_map][nerfstudio_softmining.mining.error_map]: a coarse map of the error of each image;
+- [records][nerfstudio_softmining.mining.records]: indexing all fields of a NamedTuple of tensors at once.
 
-docs/mining.md has a loop of your own, piece by piece.
+docs/own_loop.md builds a training loop from these, piece by piece.
 
 Equation, table and section numbers are those of Kheradmand et al., "Accelerating Neural Field Training via Soft
 Mining", CVPR 2024.

@@ -1,208 +1,205 @@
-"""Exact draws from a density over any number of entries, at one byte each, that can change entry by entry."""
+"""Exact draws from a density over any number of entries: fixed weights within tiles, and a factor for each tile."""
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32, Int64, UInt8
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int32, Int64, UInt8
 from torch import Tensor
 
-BRANCHES = 32
-"""Entries that are summed into one entry of the level above."""
-CHUNK = BRANCHES << 16
-"""Entries summed at a time while a density is tabulated, which bounds its temporary memory."""
-SEARCHED = 1 << 15
-"""Entries of a level that is searched as a whole."""
+TILE = 64
+"""Entries of a tile where the caller has none of its own."""
+CHUNK = 1 << 16
+"""Tiles summed at a time, which bounds temporary memory."""
 OCTAVES = 24
 """Bytes stand for weights from 2^-OCTAVES to 1."""
 LARGEST = 1 << 30
-"""Integer weight that the largest byte stands for; more than 2^32 entries of it would overflow a sum."""
+"""Integer weight of the largest byte. All sums are exact up to 2^23 entries of it, and to 16 digits beyond."""
 
 
-class DiscreteDensity(NamedTuple):
-    """A density over the entries 0 ... n - 1, and the sums of its weights in a tree of 32 branches.
+class TiledDensity(NamedTuple):
+    """A density over entries in tiles of equal size; entry `i` is in tile `i // size`.
 
-    Takes 1 byte an entry and 0.26 bytes for the tree. Sums are of integers, so that a draw is exact for any n
-    (`torch.multinomial` ends at 2^24 entries) and stays so however often entries change.
+    The probability of an entry is proportional to its weight times the factor of its tile. A table takes 1 byte an
+    entry and 20 bytes a tile. A draw takes one binary search over the tiles and one within a tile.
+
+    >>> density = from_weights(torch.full((3, 4), 255, dtype=torch.uint8))
+    >>> density.sums == 4 * LARGEST
+    tensor([True, True, True])
     """
 
-    codes: UInt8[Tensor, " n"] | Int32[Tensor, " n"]
-    """Weights: bytes on a logarithmic scale (see [encode][]), or integers as they are, which take 4 bytes an entry."""
-    sums: tuple[Int64[Tensor, " blocks"], ...]
-    """Sums of the weights of 32 entries, of 32 of those, and so on, down to 32 sums; zeros at the end of each level
-    make its length a multiple of 32."""
+    weights: UInt8[Tensor, "tiles size"] | Int32[Tensor, "tiles size"]
+    """Weights of the entries: logarithmic bytes (see [encode][]), or integers as they are."""
+    sums: Int64[Tensor, " tiles"]
+    """Sum of the integer weights of each tile, without its factor."""
+    factors: Float[Tensor, " tiles"]
+    """Factor of each tile."""
+    ends: Float64[Tensor, " tiles"]
+    """Sum of all weights times factors, up to and including each tile."""
 
 
 class Draw(NamedTuple):
-    """Entries drawn from a [DiscreteDensity][] and the probability of each."""
+    """Entries drawn from a [TiledDensity][] and the probability of each."""
 
-    entry: Int64[Tensor, " k"]
+    index: Int64[Tensor, " k"]  # pyright: ignore[reportIncompatibleMethodOverride] # a tuple's own, which nobody needs
     probability: Float[Tensor, " k"]
 
 
 def encode(weights: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
-    """Round weights to bytes on a logarithmic scale: at most 3.4 % off between 2^-24 and 1, and only 0 becomes 0.
+    """Round weights in [0, 1] to logarithmic bytes.
+
+    Weights from 2^-24 to 1 are at most 3.4 % off. Smaller ones become 2^-24, and only 0 becomes 0.
 
     >>> encode(torch.tensor([0.0, 1e-9, 0.5, 1.0]))
     tensor([  0,   1, 244, 255], dtype=torch.uint8)
     """
-    code = 255 + weights.clamp(0.0, 1.0).log2() * (254 / OCTAVES)
-    return torch.where(weights > 0, code.clamp(1, 255).round(), 0).to(torch.uint8)
+    log_weights = 255 + weights.clamp(0.0, 1.0).log2() * (254 / OCTAVES)
+    return torch.where(weights > 0, log_weights.clamp(1, 255).round(), 0).to(torch.uint8)
 
 
-def weight(codes: UInt8[Tensor, "*n"] | Int32[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
-    """The integer weights that codes stand for; those of bytes are in proportion to 2^(24 code / 254).
+def integer_weight(weights: UInt8[Tensor, "*n"] | Int32[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
+    """Return the integer weights that a table stands for.
 
-    >>> weight(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, LARGEST]
+    Bytes stand for integers proportional to 2^(24 byte / 254), up to `LARGEST`. Integers stand for themselves.
+
+    >>> integer_weight(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0, LARGEST]
     True
     """
-    if codes.dtype == torch.int32:
-        return codes.long()
-    return _weights(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    if weights.dtype == torch.int32:
+        return weights.long()
+    return _integers_of_bytes(weights.device).index_select(0, weights.flatten().int()).view(weights.shape)
 
 
 @functools.lru_cache
-def _weights(device: torch.device) -> Tensor:
+def _integers_of_bytes(device: torch.device) -> Tensor:
     steps = torch.arange(256, dtype=torch.float64)
     table = (LARGEST * torch.exp2((steps - 255) * (OCTAVES / 254))).round().long()
     table[0] = 0
     return table.to(device)
 
 
-def tabulate(codes: UInt8[Tensor, " n"] | Int32[Tensor, " n"]) -> DiscreteDensity:
-    """Sum up the weights of all entries; O(n), for set-up. The density keeps the codes themselves, not a copy.
-
-    >>> total(tabulate(torch.tensor([1, 4], dtype=torch.int32)))
-    tensor(5)
-    """
-    sums: list[Tensor] = []
-    values = codes
-    while not sums or len(values) > BRANCHES:
-        parts = [_block_sums(values[start : start + CHUNK]) for start in range(0, max(len(values), 1), CHUNK)]
-        values = _padded(torch.cat(parts))
-        sums.append(values)
-    return DiscreteDensity(codes, tuple(sums))
-
-
-def _block_sums(values: Tensor) -> Tensor:
-    values = values if values.dtype == torch.int64 else weight(values)
-    return _padded(values).view(-1, BRANCHES).sum(dim=1)
-
-
-def _padded(values: Tensor) -> Tensor:
-    """Values and zeros, a whole number of blocks."""
-    return torch.nn.functional.pad(values, (0, -len(values) % BRANCHES))
-
-
-def total(density: DiscreteDensity) -> Int64[Tensor, ""]:
-    """Sum of all weights; 0 means that there is nothing to draw.
-
-    >>> total(tabulate(torch.zeros(3, dtype=torch.uint8)))
-    tensor(0)
-    """
-    return density.sums[-1].sum()
-
-
-def draw(density: DiscreteDensity, count: int, generator: torch.Generator | None = None) -> Draw:
-    """Draw entries independently; O(count log n), no host synchronisation.
+def from_weights(
+    weights: UInt8[Tensor, "tiles size"] | Int32[Tensor, "tiles size"] | UInt8[Tensor, " n"] | Int32[Tensor, " n"],
+) -> TiledDensity:
+    """Make a density whose factors are all 1. O(n), for set-up.
 
     Args:
-        density: what [tabulate][] returned, with a [total][] above 0.
+        weights: weights by tile. Weights in a row are cut into tiles of 64, the last one filled up with zeros.
+
+    >>> density = from_weights(torch.tensor([1, 4], dtype=torch.int32))
+    >>> probability(density, torch.tensor([0, 1]))
+    tensor([0.2000, 0.8000])
+    """
+    if weights.dim() == 1:
+        padding = -len(weights) % TILE or (0 if len(weights) else TILE)
+        weights = F.pad(weights, (0, padding)).view(-1, TILE)
+    sums = torch.cat([integer_weight(part).sum(dim=1) for part in weights.split(CHUNK)])
+    factors = torch.ones(len(sums), device=sums.device)
+    return with_factors(TiledDensity(weights, sums, factors, sums.double()), factors)
+
+
+def with_factors(density: TiledDensity, factors: Float[Tensor, " tiles"]) -> TiledDensity:
+    """Replace the factors of all tiles. O(tiles), without host synchronisation.
+
+    >>> density = from_weights(torch.full((2, 4), 255, dtype=torch.uint8))
+    >>> probability(with_factors(density, torch.tensor([3.0, 1.0])), torch.tensor([0, 7]))
+    tensor([0.1875, 0.0625])
+    """
+    return density._replace(factors=factors, ends=(factors.double() * density.sums).cumsum(0))
+
+
+def total(density: TiledDensity) -> Float64[Tensor, ""]:
+    """Return the sum of all weights times factors. Nothing can be drawn where it is 0.
+
+    >>> total(from_weights(torch.zeros(3, dtype=torch.uint8)))
+    tensor(0., dtype=torch.float64)
+    """
+    return density.ends[-1]
+
+
+def draw(density: TiledDensity, count: int, generator: torch.Generator | None = None) -> Draw:
+    """Draw entries independently. O(count (size + log tiles)), without host synchronisation.
+
+    Args:
+        density: a density with a [total][] above 0.
         count: number of draws.
         generator: source of randomness on the density's device; torch's own if None.
 
-    >>> draw(tabulate(torch.tensor([0, 0, 7], dtype=torch.uint8)), count=2).entry
+    >>> draw(from_weights(torch.tensor([0, 0, 7], dtype=torch.uint8)), count=2).index
     tensor([2, 2])
     """
-    device = density.codes.device
-    everything = total(density)
-    target = _below(everything, torch.randint(1 << 31, (2, count), generator=generator, device=device))
-    # one search in the largest level that can be summed up in no time saves the levels above it
-    start = next((n for n, values in enumerate(density.sums) if len(values) <= SEARCHED), len(density.sums) - 1)
-    ends = density.sums[start].cumsum(0)
-    entry = torch.searchsorted(ends, target, right=True).clamp_max(len(ends) - 1)
-    chosen = density.sums[start][entry]
-    target = target - (ends[entry] - chosen)
-    for values in (*reversed(density.sums[:start]), density.codes):
-        children = _children(values, entry)
-        ends = children.cumsum(dim=1)
-        branch = torch.searchsorted(ends, target[:, None], right=True).clamp_max(BRANCHES - 1)
-        chosen = children.gather(1, branch)[:, 0]
-        target = target - (ends.gather(1, branch)[:, 0] - chosen)
-        entry = entry * BRANCHES + branch[:, 0]
-    return Draw(entry, chosen / everything)
+    high, low = torch.randint(1 << 31, (2, count), generator=generator, device=density.ends.device)
+    tile, target = _tile_at(density, ((high << 31) + low).double() * 2.0**-62)
+    before = torch.where(tile > 0, density.ends[(tile - 1).clamp_min(0)], 0.0)
+    return _entry_at(density, tile, ((target - before) / density.factors[tile]).long())
 
 
-def _below(end: Tensor, bits: Tensor) -> Tensor:
-    """floor(end * x) for x in [0, 1) of 62 bits and an end up to 2^62, without overflow.
+def draw_stratified(density: TiledDensity, count: int, generator: torch.Generator | None = None) -> Draw:
+    """Draw one entry from each of `count` strata of equal probability, without host synchronisation.
 
-    A remainder (modulo the end) would favour the first entries, by up to a factor of 2 where the end is near 2^62.
+    Every tile receives its expected number of draws, up to rounding; independent draws scatter around it. Each draw by
+    itself follows the density. Draws come in the order of the tiles, from a random tile on.
+
+    Args:
+        density: a density with a [total][] above 0.
+        count: number of draws.
+        generator: source of randomness on the density's device; torch's own if None.
+
+    >>> draw_stratified(from_weights(torch.tensor([0, 0, 7], dtype=torch.uint8)), count=2).index
+    tensor([2, 2])
     """
-    (high, low), mask = bits, (1 << 31) - 1
-    upper, lower = end >> 31, end & mask
-    return high * upper + ((high * lower + low * upper + (low * lower >> 31)) >> 31)
+    device = density.ends.device
+    chance = torch.rand(2, count, dtype=torch.float64, generator=generator, device=device)
+    turn = torch.rand((), dtype=torch.float64, generator=generator, device=device)
+    stratum = (torch.arange(count, device=device) + chance[0]) / count
+    tile, _ = _tile_at(density, (stratum + turn) % 1)
+    return _entry_at(density, tile, (chance[1] * density.sums[tile]).long())
 
 
-def _children(values: Tensor, block: Tensor) -> Tensor:
-    """Weights [k, 32] of the entries of some blocks; 0 past the end."""
-    whole = len(values) // BRANCHES
-    if whole == 0:
-        chosen = _padded(values).expand(len(block), BRANCHES)
-    else:
-        chosen = values[: whole * BRANCHES].view(-1, BRANCHES).index_select(0, block.clamp_max(whole - 1))
-        if len(values) % BRANCHES:
-            rest = _padded(values[whole * BRANCHES :])
-            chosen = torch.where((block == whole)[:, None], rest, chosen)
-    return chosen if chosen.dtype == torch.int64 else weight(chosen)
+def _tile_at(density: TiledDensity, fraction: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tile at a fraction of the total [k], and that fraction times the total [k]."""
+    everything = density.ends[-1]
+    # below the end even if the product is rounded up to it
+    target = (fraction * everything).minimum(everything.nextafter(torch.zeros_like(everything)))
+    return torch.searchsorted(density.ends, target, right=True).clamp_max(len(density.ends) - 1), target
 
 
-def probability(density: DiscreteDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """Probability of drawing each of the given entries.
+def _entry_at(density: TiledDensity, tile: Tensor, rank: Tensor) -> Draw:
+    """Return the entry of each tile [k] at a rank [k] among the sum of its integer weights."""
+    size = density.weights.shape[1]
+    ends = integer_weight(density.weights.index_select(0, tile)).cumsum(dim=1)
+    rank = rank.clamp_min(0).minimum(ends[:, -1] - 1)  # rounding may carry it past either end
+    place = torch.searchsorted(ends, rank[:, None], right=True)[:, 0]
+    index = tile * size + place.clamp_max(size - 1)
+    return Draw(index, probability(density, index))
 
-    >>> probability(tabulate(torch.tensor([1, 4], dtype=torch.int32)), torch.tensor([0, 1]))
-    tensor([0.2000, 0.8000])
+
+def probability(density: TiledDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Return the probability of drawing each of the given entries.
+
+    >>> probability(from_weights(torch.full((2, 2), 255, dtype=torch.uint8)), torch.tensor([3]))
+    tensor([0.2500])
     """
-    return weight(density.codes[index]) / total(density)
+    factor = density.factors[index // density.weights.shape[1]]
+    return integer_weight(density.weights.view(-1)[index]).float() * factor / density.ends[-1].float()
 
 
-def replace(
-    density: DiscreteDensity, index: Int64[Tensor, " k"], codes: UInt8[Tensor, " k"] | Int32[Tensor, " k"]
-) -> None:
-    """Give some entries other weights, in place; O(k log n), no host synchronisation.
+def relative_weight(density: TiledDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Return the weight in [0, 1] that bytes stand for, without the factor of the tile.
 
-    Of an entry that is named more than once, any one of its codes is kept.
-
-    >>> density = tabulate(torch.tensor([1, 4], dtype=torch.int32))
-    >>> replace(density, torch.tensor([1]), torch.tensor([1], dtype=torch.int32))
-    >>> probability(density, torch.tensor([1]))
-    tensor([0.5000])
+    >>> relative_weight(from_weights(torch.tensor([255, 0], dtype=torch.uint8)), torch.tensor([0, 1]))
+    tensor([1., 0.])
     """
-    density.codes[index] = codes
-    values = density.codes
-    for sums in density.sums:
-        index = index // BRANCHES
-        # from all children anew, so that an entry named twice counts once
-        sums[index] = _children(values, index).sum(dim=1)
-        values = sums
+    return integer_weight(density.weights.view(-1)[index]).float() / LARGEST
 
 
-def bytes_per_entry(code_bytes: int = 1) -> float:
-    """Memory of a large density: its codes and its tree.
+def bytes_per_entry(entry_bytes: int = 1, size: int = TILE) -> float:
+    """Return the memory of a table for each of its entries, in bytes.
 
-    >>> round(bytes_per_entry(), 3)
-    1.258
+    >>> bytes_per_entry()
+    1.3125
     """
-    return code_bytes + 8 / (BRANCHES - 1)
-
-
-def scale(codes: UInt8[Tensor, "*n"], factor: float) -> UInt8[Tensor, "*n"]:
-    """Multiply the weights of bytes, on their scale; what leaves the scale stays at its end, and 0 stays 0.
-
-    >>> scale(torch.tensor([0, 10, 255], dtype=torch.uint8), 0.5)
-    tensor([  0,   1, 244], dtype=torch.uint8)
-    """
-    moved = (codes.int() + round(math.log2(factor) * 254 / OCTAVES)).clamp(1, 255)
-    return torch.where(codes > 0, moved, 0).to(torch.uint8)
+    return entry_bytes + 20 / size

@@ -1,0 +1,1 @@
+"""What nerfstudio sees: pixel sampler, datamanager, models, methods and dataparsers."""

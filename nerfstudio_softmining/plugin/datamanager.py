@@ -1,0 +1,266 @@
+"""The datamanager: rays whose pixel coordinates have a gradient, and a sampler that is told how they fared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.model_components.ray_generators import RayGenerator
+from nerfstudio.utils import comms
+from torch import Tensor
+
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, SoftMiningDataset
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.samplers.base import MiningBatch
+
+RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
+"""Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect
+to the pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
+
+
+@dataclass
+class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
+    """Settings of a datamanager whose pixel sampler is updated from the loss."""
+
+    _target: type = field(default_factory=lambda: SoftMiningDataManager)
+    """Target class to instantiate."""
+    images_on_gpu: bool = True
+    """Keep the training images and masks on the device. If False, each step waits for pixels from the host."""
+    masks_on_gpu: bool = True
+    """Has no effect: masks are kept where the images are."""
+    pixel_sampler: PixelSamplerConfig = field(default_factory=MiningPixelSamplerConfig)
+    """How training pixels are chosen."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size > 1:
+            raise UserError(
+                f"--pipeline.datamanager.patch-size is {self.patch_size}: soft mining chooses single pixels, patches "
+                "cannot follow the error. Set it to 1."
+            )
+
+
+class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
+    """Owns the pixels and rays of training, and keeps the state of its sampler in checkpoints.
+
+    Images are cached as bytes, 3 or 4 a pixel. They are loaded when training begins or a first batch is drawn, so that
+    commands that only evaluate or render do not load them. Images of evaluation stay on the host.
+
+    Args:
+        config: the settings.
+        device: where training runs.
+        args, kwargs: as nerfstudio's pipelines give them.
+    """
+
+    config: SoftMiningDataManagerConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio
+
+    def __init__(
+        self, config: SoftMiningDataManagerConfig, device: torch.device | str = "cpu", *args: Any, **kwargs: Any
+    ) -> None:
+        compat.prepare(device)
+        self._mining_batch: MiningBatch | None = None
+        self._loss_scale: Tensor | None = None
+        self._random_state: dict | None = None
+        self._starts_apart = False
+        try:
+            super().__init__(config, device, *args, **kwargs)
+        except UserError:
+            raise
+        except (OSError, IndexError, AssertionError, ValueError, KeyError) as error:
+            if hasattr(self, "exclude_batch_keys_from_device"):  # set once both splits are parsed
+                raise
+            raise UserError(
+                f"{type(self.dataparser).__name__} finds no scene with images at {self.config.data} ({error!r}). Check "
+                "--data, and name another dataparser after all other flags if the scene has another format."
+            ) from error
+
+    def setup_train(self) -> None:
+        """Set up what training needs, but for the images."""
+        for dataset in (self.train_dataset, self.eval_dataset):
+            compat.allow_camera_export(dataset)
+        self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
+        self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
+
+    def setup_eval(self) -> None:
+        """Set up what evaluation needs, but for the images."""
+        self.eval_pixel_sampler = self._get_pixel_sampler(self.eval_dataset, self.config.eval_num_rays_per_batch)
+        self.eval_ray_generator = RayGenerator(self.eval_dataset.cameras.to(self.device))
+        self.fixed_indices_eval_dataloader = FixedIndicesEvalDataloader(self.eval_dataset, device=self.device)
+        self.eval_dataloader = RandIndicesEvalDataloader(self.eval_dataset, device=self.device)
+
+    @cached_property
+    def iter_train_image_dataloader(self) -> Iterator[Any]:
+        """The cached training images, on the device if `images_on_gpu`. Loaded at the first use."""
+        config, dataset = self.config, self.train_dataset
+        # masks are needed where pixels are drawn, which is where the images are
+        on_host = [] if config.images_on_gpu else dataset.exclude_batch_keys_from_device
+        self.train_image_dataloader = self._cache(
+            dataset, config.train_num_images_to_sample_from, config.train_num_times_to_repeat_images, on_host
+        )
+        return iter(self.train_image_dataloader)
+
+    @cached_property
+    def iter_eval_image_dataloader(self) -> Iterator[Any]:
+        """The cached images of evaluation, on the host. Loaded at the first use."""
+        config, dataset = self.config, self.eval_dataset
+        self.eval_image_dataloader = self._cache(
+            dataset,
+            config.eval_num_images_to_sample_from,
+            config.eval_num_times_to_repeat_images,
+            dataset.exclude_batch_keys_from_device,
+        )
+        return iter(self.eval_image_dataloader)
+
+    def _cache(self, dataset: InputDataset, num_images: int, num_repeats: int, on_host: list[str]) -> ImageCache:
+        if len(dataset) == 0:
+            split = "training" if dataset is self.train_dataset else "held-out"
+            raise UserError(
+                f"the scene at {self.config.data} has 0 {split} images. Add some, or change how the dataparser splits "
+                "them, such as `nerfstudio-data --eval-mode interval` after all other flags."
+            )
+        sampler = self.config.pixel_sampler
+        # what nerfstudio computes from whole images needs them in float32
+        as_bytes = isinstance(sampler, MiningPixelSamplerConfig) and not (sampler.keep_full_image or dataset.mask_color)
+        return ImageCache(
+            ByteImages(dataset) if as_bytes else dataset,
+            num_images_to_sample_from=num_images,
+            num_times_to_repeat_images=num_repeats,
+            device=self.device,
+            collate_fn=self.config.collate_fn,
+            exclude_batch_keys_from_device=on_host,
+            num_workers=self.world_size * 4,
+        )
+
+    def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
+        sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)  # pyright: ignore[reportArgumentType]
+        if isinstance(sampler, MiningPixelSampler):
+            background = dataset._dataparser_outputs.alpha_color
+            return type(sampler)(sampler.config, len(dataset), self._importance, background, **sampler.kwargs)
+        return sampler
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict]:
+        """Make the next training batch: rays, and the pixels they should show."""
+        # nerfstudio's trainer asks within autocast, but ray generation fails in half precision for some cameras
+        with compat.no_autocast(self.device):
+            return self._next_train(step)
+
+    def _next_train(self, step: int) -> tuple[RayBundle, dict]:
+        sampler = self.train_pixel_sampler
+        if not isinstance(sampler, MiningPixelSampler):
+            return super().next_train(step)
+        sampler.training = self.training
+        if not self.training:
+            return super().next_train(step)
+        if self._random_state is not None:
+            compat.set_random_state(self._random_state)
+            self._random_state = None
+        if self._starts_apart:
+            compat.seed_everything(torch.initial_seed() + step)
+            self._starts_apart = False
+        self.train_count += 1
+        image_batch = next(self.iter_train_image_dataloader)
+        assert isinstance(image_batch, dict)
+        batch = sampler.sample(image_batch)
+        mining = batch[BATCH_KEY]
+        mining.step = step
+        if mining.image_gradient is None:
+            rays = self.train_ray_generator(mining.indices)
+        else:
+            rays, mining.coords = self._differentiable_rays(mining.indices)
+            batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
+        self._mining_batch = mining
+        return rays, batch
+
+    def _differentiable_rays(self, indices: Tensor) -> tuple[RayBundle, Tensor]:
+        """Rays through pixel centres, and the leaf tensor [rays, 2] of the centres (row, column)."""
+        cameras = self.train_ray_generator.cameras
+        indices = indices.to(cameras.device)
+        with torch.enable_grad():
+            coords = (indices[:, 1:] + 0.5).requires_grad_()
+            rays = cameras.generate_rays(camera_indices=indices[:, :1], coords=coords)
+        for name, key in RAY_OFFSETS.items():
+            ray_part = getattr(rays, name)
+            setattr(rays, name, ray_part.detach())
+            if ray_part.requires_grad:
+                rays.metadata[key] = ray_part - ray_part.detach()
+        rays.pixel_area = rays.pixel_area.detach()
+        return rays, coords
+
+    def _importance(self, indices: Tensor) -> Tensor:
+        """Evaluate Q of given pixels [rays, 3] with the model as it is."""
+        parts = indices.split(self._chunk_size)
+        return torch.cat([self._model_importance(*self._rays_at(part)) for part in parts])
+
+    def _rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
+        """Rays of given pixels [rays, 3], and what they should show."""
+        assert isinstance(self.train_pixel_sampler, MiningPixelSampler)
+        return self.train_ray_generator(indices), self.train_pixel_sampler.batch_at(indices)
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Load the images, and update the sampler after each step."""
+        _ = self.iter_train_image_dataloader
+        if self.test_mode == "val":  # ns-train, which evaluates batches as well
+            _ = self.iter_eval_image_dataloader
+        scaler = training_callback_attributes.grad_scaler
+        self._loss_scale = compat.loss_scale(scaler)
+        sampler, pipeline = self.train_pixel_sampler, training_callback_attributes.pipeline
+        if pipeline is not None:
+            model: Any = pipeline.model  # a SoftMiningMixin, which the mixin itself makes sure of
+            # not the model itself, which torch would save as a part of the datamanager
+            self._model_importance, self._chunk_size = model.importance, model.config.eval_num_rays_per_chunk
+
+        def update_sampler(step: int) -> None:
+            before, self._loss_scale = self._loss_scale, compat.loss_scale(scaler)
+            mining, self._mining_batch = self._mining_batch, None
+            if mining is None or not isinstance(sampler, MiningPixelSampler):
+                return
+            # the scaler lowers its scale when, and only when, it made the optimizers skip the step
+            applied = True if before is None or self._loss_scale is None else self._loss_scale >= before
+            sampler.update(mining, applied)
+
+        return [
+            *super().get_training_callbacks(training_callback_attributes),
+            TrainingCallback(
+                [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], update_sampler, update_every_num_iters=1
+            ),
+        ]
+
+    def get_extra_state(self) -> dict:
+        """The sampler's state and the sources of randomness, which nerfstudio's checkpoints do not hold."""
+        sampler = self.train_pixel_sampler
+        return {
+            "sampler": sampler.state_dict() if isinstance(sampler, MiningPixelSampler) else {},
+            "random": compat.random_state(),
+        }
+
+    def set_extra_state(self, state: dict) -> None:
+        """Go on from a checkpoint at the next training batch.
+
+        A checkpoint holds the randomness and the sampler of the first process. The others start with a sampler and a
+        random stream of their own, as all would train on the same rays otherwise.
+        """
+        if comms.get_rank() != 0:
+            self._starts_apart = True
+            return
+        self._random_state = state["random"]
+        if isinstance(self.train_pixel_sampler, MiningPixelSampler):
+            self.train_pixel_sampler.load_state_dict(state["sampler"])
+
+
+def _moving_with(coords: Tensor, colours: Tensor, gradient: Tensor) -> Tensor:
+    """Return the same colours [rays, channels], whose gradient along the coordinates is [rays, channels, 2]."""
+    offset = (coords - coords.detach()).to(colours.device)
+    return colours + (gradient * offset[:, None]).sum(dim=-1)

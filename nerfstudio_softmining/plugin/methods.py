@@ -1,0 +1,130 @@
+"""The methods that `ns-train --help` lists."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataParserConfig
+from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+from nerfstudio.plugins.types import MethodSpecification
+
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManagerConfig
+from nerfstudio_softmining.plugin.llff_dataparser import LLFFDataParserConfig
+from nerfstudio_softmining.plugin.nerfacto import SoftMiningNerfactoModelConfig
+
+EXACT_CAMERAS = {"camera_optimizer": CameraOptimizerConfig(mode="off"), "use_appearance_embedding": False}
+"""What the paper's two data sets have in common: exact cameras and one exposure."""
+BLENDER = {
+    **EXACT_CAMERAS,
+    "alpha": 0.6,
+    "background_color": "white",
+    "disable_scene_contraction": True,
+    "proposal_initial_sampler": "uniform",
+    "near_plane": 2.0,
+    "far_plane": 6.0,
+    "distortion_loss_mult": 0.0,
+    "average_init_density": 1.0,
+}
+"""One object on white, as in NeRF Synthetic (section 4.2)."""
+LLFF = {**EXACT_CAMERAS, "alpha": 0.8}
+"""Forward-facing scenes, as in LLFF (section 4.2)."""
+LITE = {
+    "eval_num_rays_per_chunk": 1 << 12,
+    "num_levels": 5,
+    "features_per_level": 4,
+    "max_res": 1024,
+    "log2_hashmap_size": 17,
+    "num_proposal_iterations": 1,
+    "num_proposal_samples_per_ray": (32,),
+    "num_nerf_samples_per_ray": 24,
+    "proposal_net_args_list": [
+        {"hidden_dim": 16, "log2_hashmap_size": 14, "num_levels": 3, "max_res": 64, "use_linear": False}
+    ],
+}
+"""Grids and sample counts for two CPU cores. (Narrower networks than nerfacto's own would save little, and make the
+result depend on their start.)"""
+
+
+def _nerfacto(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfig:
+    """Nerfacto's own settings, soft mined."""
+    decay = ExponentialDecaySchedulerConfig(lr_final=0.0001, max_steps=200000)
+    defaults = {
+        "eval_num_rays_per_chunk": 1 << 15,
+        "average_init_density": 0.01,
+        "camera_optimizer": CameraOptimizerConfig(mode="SO3xR3"),
+        "implementation": compat.implementation(),
+    }
+    return TrainerConfig(
+        method_name=name,
+        steps_per_eval_batch=500,
+        steps_per_save=2000,
+        max_num_iterations=30000,
+        mixed_precision=True,
+        machine=MachineConfig(device_type=compat.device_type()),
+        pipeline=VanillaPipelineConfig(
+            datamanager=SoftMiningDataManagerConfig(
+                dataparser=dataparser, train_num_rays_per_batch=4096, eval_num_rays_per_batch=4096
+            ),
+            model=SoftMiningNerfactoModelConfig(**deepcopy(defaults | model)),
+        ),
+        optimizers={
+            "proposal_networks": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": decay},
+            "fields": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": decay},
+            "camera_opt": {
+                "optimizer": AdamOptimizerConfig(lr=1e-3, eps=1e-15),
+                "scheduler": ExponentialDecaySchedulerConfig(lr_final=1e-4, max_steps=5000),
+            },
+        },
+        viewer=ViewerConfig(num_rays_per_chunk=1 << 15),
+        vis="viewer+tensorboard",
+    )
+
+
+def _lite(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfig:
+    """The same for a laptop: a small model, small batches, few iterations."""
+    config = _nerfacto(name, dataparser, **(LITE | model))
+    config.max_num_iterations = 1000
+    config.steps_per_save = 500
+    config.viewer.num_rays_per_chunk = 1 << 12
+    assert isinstance(config.pipeline.datamanager, SoftMiningDataManagerConfig)
+    config.pipeline.datamanager.train_num_rays_per_batch = 512
+    config.pipeline.datamanager.eval_num_rays_per_batch = 1024
+    # a learning rate that falls within the few iterations makes the result depend less on the seed
+    for group in ("proposal_networks", "fields"):
+        config.optimizers[group]["scheduler"] = ExponentialDecaySchedulerConfig(lr_final=1e-3, max_steps=1000)
+    return config
+
+
+softmining_nerfacto = MethodSpecification(
+    _nerfacto("softmining-nerfacto", NerfstudioDataParserConfig()),
+    "Nerfacto, soft mined: trains on the pixels that are still wrong.",
+)
+softmining_nerfacto_blender = MethodSpecification(
+    _nerfacto("softmining-nerfacto-blender", BlenderDataParserConfig(), **BLENDER),
+    "Soft-mined nerfacto for one object on white, such as NeRF Synthetic.",
+)
+softmining_nerfacto_llff = MethodSpecification(
+    _nerfacto("softmining-nerfacto-llff", LLFFDataParserConfig(), **LLFF),
+    "Soft-mined nerfacto for forward-facing scenes, such as LLFF.",
+)
+softmining_nerfacto_lite = MethodSpecification(
+    _lite("softmining-nerfacto-lite", NerfstudioDataParserConfig()),
+    "Soft-mined nerfacto for a laptop without a GPU.",
+)
+softmining_nerfacto_lite_blender = MethodSpecification(
+    _lite("softmining-nerfacto-lite-blender", BlenderDataParserConfig(), **BLENDER, max_res=256, log2_hashmap_size=16),
+    "softmining-nerfacto-lite for one object on white, such as NeRF Synthetic.",
+)
+softmining_nerfacto_lite_llff = MethodSpecification(
+    _lite("softmining-nerfacto-lite-llff", LLFFDataParserConfig(), **LLFF),
+    "softmining-nerfacto-lite for forward-facing scenes, such as LLFF.",
+)

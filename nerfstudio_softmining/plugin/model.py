@@ -1,0 +1,168 @@
+"""Soft mining for any ray-based nerfstudio model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler
+from nerfstudio.models.base_model import Model
+from nerfstudio.utils.external import TCNN_EXISTS
+from torch import Tensor, nn
+
+from nerfstudio_softmining.errors import UserError, naming_flags
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.datamanager import RAY_OFFSETS, SoftMiningDataManager
+from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
+from nerfstudio_softmining.samplers.base import MiningBatch
+from nerfstudio_softmining.settings import Fraction, check
+
+FIX_OF_IMPLEMENTATION = {
+    "tcnn": "Install tiny-cuda-nn (`softmining doctor` says how), or use the checkpoint on a machine that has it.",
+    "torch": "Set implementation to torch, on the command line or in the run's config.yml.",
+}
+"""What to do about a checkpoint of each implementation where the other one runs."""
+
+
+@dataclass
+class SoftMiningConfig:
+    """Settings that soft mining adds to a model's own."""
+
+    alpha: Fraction = 0.8
+    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling. The paper: 0.6 on white, 0.8
+    forward-facing."""
+    weight_by: WeightBy = "density"
+    """Weight a ray by the density it was drawn with, which is Q only for the chains, or any ray by its Q."""
+
+    def __post_init__(self) -> None:
+        with naming_flags(lambda name: f"--pipeline.model.{name.replace('_', '-')}"):
+            check(self)
+
+
+class SoftMiningMixin(Model):
+    """Weight the reconstruction loss of a ray-based model, and let the pixel coordinates have a gradient.
+
+    Put this class before that of the model.
+
+    The model must compute its reconstruction loss by `self.rgb_loss(truth, prediction)` and draw the samples of its
+    field by a nerfstudio ray sampler among its modules, with a [rays, samples] shape.
+    """
+
+    config: Any
+
+    def populate_modules(self) -> None:
+        """Build the model."""
+        with compat.lazy_lpips():
+            super().populate_modules()
+        compat.tell_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
+        self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
+        self._outer_sampler().register_forward_hook(_attach_pixel_gradient)
+
+    def _outer_sampler(self) -> Sampler:
+        """The module that draws the samples of the field."""
+        return next(module for module in self.children() if isinstance(module, Sampler))
+
+    def get_loss_dict(self, outputs: dict, batch: dict, metrics_dict: dict | None = None) -> dict[str, Tensor]:
+        """The model's own losses, with the reconstruction weighted while training."""
+        if self.training and BATCH_KEY not in batch:
+            raise UserError(
+                "the training batch does not come from soft mining's sampler, which must be updated from the loss. Use "
+                "the method's own --pipeline.datamanager and pixel sampler (a ParallelDataManager samples in another "
+                "process)."
+            )
+        mining = batch[BATCH_KEY] if self.training else None
+        self.rgb_loss.batch = mining
+        try:
+            return super().get_loss_dict(outputs, batch, metrics_dict)
+        finally:
+            self.rgb_loss.batch = None
+
+    @torch.no_grad()
+    def importance(self, ray_bundle: RayBundle, batch: dict) -> Tensor:
+        """Q of each of some rays [rays], as training would see it; leaves the training as it is.
+
+        Args:
+            ray_bundle: the rays.
+            batch: what they should show, as a pixel sampler gives it.
+        """
+        state, was_training = self.get_extra_state(), self.training
+        count = len(batch["indices"])
+        mining = MiningBatch(batch["indices"], torch.ones(count), count, importance_weighted=False)
+        try:
+            self.train()
+            with compat.fork_random_state(self.device):
+                outputs = self(ray_bundle)
+                self.get_loss_dict(outputs, {**batch, BATCH_KEY: mining}, self.get_metrics_dict(outputs, batch))
+        finally:
+            self.train(was_training)
+            self.set_extra_state(state)
+        assert mining.importance is not None
+        return mining.importance
+
+    def get_image_metrics_and_images(self, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The model's own metrics; LPIPS is left out where its weights are missing."""
+        metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        if math.isnan(metrics.get("lpips", 0.0)):
+            del metrics["lpips"]
+        return metrics, images
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """The model's own callbacks, after a check that the datamanager suits soft mining."""
+        pipeline = training_callback_attributes.pipeline
+        if pipeline is not None and not isinstance(pipeline.datamanager, SoftMiningDataManager):
+            raise UserError(
+                f"--pipeline.datamanager is a {type(pipeline.datamanager).__name__}, whose sampler cannot be updated "
+                "from the loss (ParallelDataManager samples in another process). Use SoftMiningDataManagerConfig."
+            )
+        return super().get_training_callbacks(training_callback_attributes)
+
+    @property
+    def _implementation(self) -> str:
+        """The implementation whose parameters the model holds: nerfstudio falls back to torch by itself."""
+        chosen = getattr(self.config, "implementation", "torch")
+        return chosen if TCNN_EXISTS else "torch"
+
+    def get_extra_state(self) -> dict:
+        """Return what nerfstudio's checkpoints lack: the implementation, and the schedule of the proposal networks."""
+        sampler, state = self._outer_sampler(), {"implementation": self._implementation}
+        if isinstance(sampler, ProposalNetworkSampler):
+            state |= {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
+        return state
+
+    def set_extra_state(self, state: dict) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: if the checkpoint holds the parameters of the other implementation. nerfstudio would leave out
+                what does not fit, and render noise.
+        """
+        saved = state.get("implementation", self._implementation)
+        if saved != self._implementation:
+            raise UserError(
+                f"the checkpoint was trained with --pipeline.model.implementation {saved}, but {self._implementation} "
+                f"runs here. {FIX_OF_IMPLEMENTATION[saved]}"
+            )
+        sampler = self._outer_sampler()
+        if isinstance(sampler, ProposalNetworkSampler) and "step" in state:
+            sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]
+
+
+def _attach_pixel_gradient(sampler: nn.Module, inputs: tuple, output: tuple) -> None:
+    """Give the field's samples the gradient with respect to the pixel coordinates.
+
+    The proposal networks do not see it, and so neither pay for it nor add to it. A camera optimizer's rotation of the
+    rays is taken as the identity here, which it is up to some milliradians.
+    """
+    ray_bundle, ray_samples = inputs[0], output[0]
+    assert isinstance(ray_bundle, RayBundle) and isinstance(ray_samples, RaySamples)
+    for name, key in RAY_OFFSETS.items():
+        offset = ray_bundle.metadata.get(key)
+        if offset is not None:
+            setattr(ray_samples.frustums, name, getattr(ray_samples.frustums, name) + offset[:, None])

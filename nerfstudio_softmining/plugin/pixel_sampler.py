@@ -1,0 +1,231 @@
+"""The pixel sampler: nerfstudio's side of every sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import tyro
+from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+from nerfstudio_softmining.errors import naming_flags
+from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerConfig, SamplerContext
+from nerfstudio_softmining.samplers.images import TrainingImages, to_colours
+from nerfstudio_softmining.samplers.registry import samplers
+from nerfstudio_softmining.samplers.state import SamplerRun
+from nerfstudio_softmining.settings import Positive, PositiveCount, check
+
+BATCH_KEY = "mining"
+"""Key of the [MiningBatch][] in nerfstudio's ray batch."""
+FLAG = "--pipeline.datamanager.pixel-sampler"
+SPECS = samplers(scenes=True)
+"""All samplers that scenes can be trained with, by name."""
+
+if TYPE_CHECKING:
+    Kind = str
+
+    class _SamplerGroups:
+        pass
+
+else:
+    Kind = Literal[tuple(SPECS)]
+    _SamplerGroups = make_dataclass(
+        "_SamplerGroups",
+        [(spec.field, spec.config, field(default_factory=spec.config)) for spec in SPECS.values()],
+        namespace={"__module__": __name__},
+    )
+    _SamplerGroups.__doc__ = "The settings of each sampler, in a group of its name."
+
+KIND_HELP = "\n".join(("How pixels are chosen.", *(f"{name}: {spec.summary}" for name, spec in SPECS.items())))
+
+
+@dataclass
+class MiningPixelSamplerConfig(_SamplerGroups, PixelSamplerConfig):
+    """Which pixels to train on; the settings of each kind are in a group of its name."""
+
+    _target: type = field(default_factory=lambda: MiningPixelSampler)
+    """Target class to instantiate."""
+    kind: Annotated[Kind, tyro.conf.arg(help=KIND_HELP)] = "detail"
+    """Name of the sampler."""
+    cell_size: PositiveCount = 2
+    """Side in pixels of the cells that maps of edges, contrast and errors are kept in."""
+    map_memory: Positive = 2.0
+    """Memory in gigabytes that such a map may take; its cells become larger until it fits."""
+
+    def __post_init__(self) -> None:
+        with naming_flags(self.flag):
+            check(self)
+        for kind in SPECS:
+            with naming_flags(lambda name, kind=kind: self.flag(f"{kind}.{name}")):
+                check(self.config_for(kind))
+
+    def config_for(self, kind: str) -> Any:
+        """Return the settings of one sampler."""
+        return getattr(self, SPECS[kind].field)
+
+    @staticmethod
+    def flag(name: str) -> str:
+        """Return the command-line flag of a field, where a dot separates it from its group."""
+        return f"{FLAG}.{name.replace('_', '-')}"
+
+
+class MiningPixelSampler(PixelSampler):
+    """Draws training rays by one of several samplers, and updates its state after each step.
+
+    Outside of training (an exporter asks for rays, say) it is nerfstudio's uniform sampler.
+
+    Args:
+        config: the settings.
+        num_images: number of training images; by default as many as the first cache shows.
+        importance: gives Q of any pixels [n, 3] (image, row, column) with the model as it is.
+        background: colour [3] that RGBA images are blended with; None keeps their alpha.
+        kwargs: what nerfstudio passes to every pixel sampler.
+    """
+
+    config: MiningPixelSamplerConfig  # pyright: ignore[reportIncompatibleVariableOverride] # as in nerfstudio
+    sampler_class: type[Sampler] | None = None
+    """Takes the place of the sampler that `kind` names, in a subclass."""
+
+    def __init__(
+        self,
+        config: MiningPixelSamplerConfig,
+        num_images: int | None = None,
+        importance: Callable[[Tensor], Tensor] | None = None,
+        background: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.training = False
+        self._num_images, self._importance, self._background = num_images, importance, background
+        self._sampler_class = self.sampler_class or SPECS[config.kind].sampler
+        self._generator: torch.Generator | None = None
+        self._image_batch: dict | None = None
+        self._run: SamplerRun | None = None
+        self._saved: dict | None = None
+        super().__init__(config, **kwargs)
+
+    @property
+    def run(self) -> SamplerRun | None:
+        """The sampler and its state; None before the first batch, and where nerfstudio draws."""
+        return self._run
+
+    def sample(self, image_batch: dict) -> dict:
+        """Make the next ray batch, with its [MiningBatch][] while training."""
+        if not self.training:
+            return self._sample_uniformly(image_batch)
+        if self._sampler_class.is_uniform:
+            return self._uniform_mining_batch(image_batch)
+        with naming_flags(self._flag):
+            run = self._run_on(image_batch)
+            samples = run.draw(self.num_rays_per_batch)
+        images = run.sampler.images
+        batch: dict = {key: images.lookup(key, samples.pixels) for key in images.values}
+        gradient = images.image_gradient(samples.pixels) if run.sampler.needs_gradient else None
+        batch[BATCH_KEY] = run.batch(samples, image_gradient=gradient)
+        batch["indices"] = batch[BATCH_KEY].indices
+        if self.config.keep_full_image:
+            batch["full_image"] = image_batch["image"]
+        return batch
+
+    def _sample_uniformly(self, image_batch: dict) -> dict:
+        """Draw by nerfstudio's own sampler."""
+        if isinstance(image_batch["image"], list) and "mask" in image_batch:
+            self.config.rejection_sample_mask = False  # fails in nerfstudio 1.1.5 for images that differ in size
+        batch = super().sample(image_batch)
+        if self._background is not None:
+            self._background = self._background.to(batch["image"].device)
+        batch["image"] = to_colours(batch["image"], self._background)
+        return batch
+
+    def _uniform_mining_batch(self, image_batch: dict) -> dict:
+        batch, config = self._sample_uniformly(image_batch), self._config
+        count = len(batch["indices"])
+        batch[BATCH_KEY] = MiningBatch(
+            batch["indices"],
+            torch.ones(count, device=batch["indices"].device),
+            count,
+            importance_weighted=config.importance_weighted,
+            alpha_warmup=config.alpha_warmup,
+        )
+        return batch
+
+    def batch_at(self, indices: Tensor) -> dict:
+        """Make the ray batch of given pixels [rays, 3] (image, row, column), without a [MiningBatch][]."""
+        assert self._run is not None
+        images = self._run.sampler.images
+        samples = images.as_samples(indices[:, 0], indices[:, 1:] + 0.5)
+        return {"indices": indices, **{key: images.lookup(key, samples) for key in images.values}}
+
+    def update(self, batch: MiningBatch, applied: Tensor | bool = True) -> None:
+        """Update the sampler from a batch after `backward()`.
+
+        Args:
+            batch: what came with the rays, filled in by the datamanager, the model and the backward pass.
+            applied: False where the optimizer skipped the step. Chains and maps then stay as they are.
+        """
+        if self._run is not None:
+            applied = applied.to(batch.density_ratio.device) if isinstance(applied, Tensor) else applied
+            self._run.update(batch, applied)
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps: the sampler's state and the source of its randomness."""
+        if self._saved is not None or self._run is None or self._generator is None:
+            return self._saved or {}
+        return {"kind": self.config.kind, "run": self._run.state_dict(), "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a checkpoint at the next batch. The state of another kind of sampler is left, with a warning."""
+        self._saved = state or None
+        if state and state["kind"] != self.config.kind:
+            CONSOLE.print(
+                f"[yellow]The checkpoint is of {FLAG}.kind {state['kind']}: {self.config.kind} starts anew.[/yellow]"
+            )
+            self._saved = None
+
+    @property
+    def _config(self) -> SamplerConfig:
+        return self.config.config_for(self.config.kind)
+
+    def _flag(self, name: str) -> str:
+        """Return the flag of a field that the sampler has named."""
+        if name == "num_rays":
+            return "--pipeline.datamanager.train-num-rays-per-batch"
+        return self.config.flag(name if hasattr(self.config, name) else f"{self.config.kind}.{name}")
+
+    def _run_on(self, image_batch: dict) -> SamplerRun:
+        """Return the sampler on an image batch, made anew when nerfstudio has cached other images."""
+        saved, self._saved = self._saved, None
+        if self._run is None or self._generator is None:
+            self._num_images = self._num_images or int(image_batch["image_idx"].max()) + 1
+            # of its own, so that a model starts from the same weights whichever sampler feeds it
+            device = next((image.device for image in image_batch["image"]), "cpu")
+            self._generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**63)
+            context = SamplerContext(
+                self._num_images, self._generator, self.config.cell_size, self.config.map_memory, self._importance
+            )
+            images = self._view(image_batch)
+            self._run = SamplerRun(self._sampler_class, self._config, context, images)
+        elif image_batch is not self._image_batch:
+            self._run.replace_images(self._view(image_batch))
+        self._image_batch = image_batch
+        if saved is not None:
+            self._run.load_state_dict(saved["run"])
+            state = saved["generator"].cpu()
+            if len(state) == len(self._generator.get_state()):  # a checkpoint of another kind of device has another
+                self._generator.set_state(state)
+        return self._run
+
+    def _view(self, image_batch: dict) -> TrainingImages:
+        assert self._num_images is not None
+        return TrainingImages(
+            image_batch,
+            self._num_images,
+            use_mask=not self.config.ignore_mask,
+            fisheye_crop_radius=self.config.fisheye_crop_radius,
+            is_equirectangular=bool(self.config.is_equirectangular),
+            background=self._background,
+            generator=self._generator,
+        )

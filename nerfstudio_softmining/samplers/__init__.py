@@ -1,0 +1,1 @@
+"""Ways of choosing pixels, one file each, and what they share."""

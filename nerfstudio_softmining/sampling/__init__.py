@@ -1,1 +1,0 @@
-"""Pixel samplers for nerfstudio: how batches, masks and image sizes meet mining/."""

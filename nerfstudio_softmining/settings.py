@@ -1,0 +1,116 @@
+"""Settings: bounds annotated on their types, and values given as text, as in langevin,drift=0."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from nerfstudio_softmining.errors import SettingError, UserError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Bounds of a number, as a marker for `typing.Annotated`.
+
+    >>> Interval(0, 1).contains(0.5)
+    True
+    """
+
+    low: float
+    """Smallest value."""
+    high: float = math.inf
+    """Largest value."""
+    excludes_low: bool = False
+    """Whether the number must be above `low` instead of at least it."""
+
+    def contains(self, value: float) -> bool:
+        """Return whether a value is within the bounds; false for NaN."""
+        return (self.low < value if self.excludes_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"it must be {'above' if self.excludes_low else 'at least'} {self.low}."
+        return f"it must be in {'(' if self.excludes_low else '['}{self.low}, {self.high}]."
+
+
+Fraction = Annotated[float, Interval(0, 1)]
+"""A number from 0 to 1."""
+PositiveFraction = Annotated[float, Interval(0, 1, excludes_low=True)]
+"""A number above 0, up to 1."""
+NonNegative = Annotated[float, Interval(0)]
+"""A number of 0 or more."""
+Positive = Annotated[float, Interval(0, excludes_low=True)]
+"""A number above 0."""
+Count = Annotated[int, Interval(0)]
+"""A whole number of 0 or more."""
+PositiveCount = Annotated[int, Interval(1)]
+"""A whole number of 1 or more."""
+
+
+def check(config: Any) -> None:
+    """Check all fields of a settings dataclass against the bounds annotated on their types.
+
+    Raises:
+        SettingError: naming the first field out of bounds.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name, None)
+        for bounds in _intervals(hint):
+            if value is not None and not bounds.contains(value):
+                raise SettingError(name, value, str(bounds))
+
+
+def _intervals(hint: Any) -> Iterator[Interval]:
+    yield from (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Interval))
+    if get_origin(hint) is not Literal:
+        for part in get_args(hint):
+            yield from _intervals(part)
+
+
+VALUE_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), tuple: (tuple,)}
+"""What may be given for a setting of a type."""
+
+
+def apply(setting: str, places: Sequence[Any], required: bool, sampler: str) -> None:
+    """Set name=value in every place with a field of that name.
+
+    Args:
+        setting: the text name=value.
+        places: settings dataclasses, and anything else, which is left alone.
+        required: whether one of them must have the field; settings shared by all samplers may be unknown to some.
+        sampler: the sampler as the user wrote it, for messages.
+
+    Raises:
+        UserError: if a required setting is unknown, or its value does not suit it.
+    """
+    key, equals, text = setting.partition("=")
+    key = key.replace("-", "_")
+    owners = [place for place in places if is_dataclass(place) and key in {field.name for field in fields(place)}]
+    if not equals or (required and not owners):
+        raise UserError(f"{sampler!r} has {setting!r}: neither the model nor the sampler has a setting {key!r}.")
+    for owner in owners:
+        value, hint = _literal(text), _without_none(get_type_hints(type(owner)).get(key))
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise UserError(f"{sampler!r} has {setting!r}: {key} is one of {', '.join(map(str, get_args(hint)))}.")
+        accepted = VALUE_TYPES.get(hint if get_origin(hint) is None else get_origin(hint))
+        if accepted is not None and type(value) not in accepted:
+            raise UserError(f"{sampler!r} has {setting!r}: {key} is written as in {key}={getattr(owner, key)}.")
+        setattr(owner, key, float(value) if hint is float else value)
+
+
+def _without_none(hint: Any) -> Any:
+    """Return the type of a setting that may also be None."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else []
+    return kinds[0] if len(kinds) == 1 else hint
+
+
+def _literal(text: str) -> Any:
+    """Parse a number, tuple or truth value as Python writes it; anything else is the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
