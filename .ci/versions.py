@@ -122,7 +122,7 @@ def user_steps(data: Path | None) -> list[Step]:
     Args:
         data: A scene of NeRF Synthetic; if None, a tiny scene is rendered.
     """
-    scene, scale = (data, 0.25) if data else (Path("scene"), 1.0)
+    scene, scale = (data, 0.1) if data else (Path("scene"), 1.0)
     train = ("ns-train", METHOD, "--data", str(scene), "--vis", "tensorboard", "--output-dir", "out")
     train += ("--pipeline.datamanager.camera-res-scale-factor", str(scale), "--experiment-name", "run", "--timestamp")
     first, resumed = (f"out/run/{METHOD}/{name}" for name in ("first", "resumed"))
