@@ -113,7 +113,9 @@ def quick_install_steps(combination: Combination) -> list[Step]:
 
 def start_steps() -> list[Step]:
     """Return the commands that show whether the plugin loads and leaves nerfstudio's own methods alone."""
-    helps = [(column, ("ns-train", method, "--help")) for column, method in (("nerfacto", "nerfacto"), ("ours", METHOD))]
+    helps = [
+        (column, ("ns-train", method, "--help")) for column, method in (("nerfacto", "nerfacto"), ("ours", METHOD))
+    ]
     return [("plugin loads", ("python", "-c", LOAD_PLUGIN)), *helps]
 
 
