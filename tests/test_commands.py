@@ -189,7 +189,7 @@ def test_exports(config, runs, kind, flags, made):
         (("--pipeline.datamanager.pixel-sampler.langevin.uniform-fraction", -0.1), ("uniform-fraction", "-0.1")),
         (("--pipeline.datamanager.pixel-sampler.multinomial.refresh", 0), ("multinomial.refresh", "0")),
         (("--pipeline.datamanager.pixel-sampler.langevin.noise", -1), ("noise", "-1")),
-        (("--pipeline.datamanager.train-num-rays-per-batch", 4), ("train-num-rays-per-batch", "4 rays")),
+        (("--pipeline.datamanager.train-num-rays-per-batch", 4), ("train-num-rays-per-batch", "is 4")),
         (("--pipeline.datamanager.patch-size", 8), ("patch-size", "8")),
     ],
 )
