@@ -242,9 +242,9 @@ def test_settings_that_could_not_be_trained_can_be_mended(photo_file, tmp_path):
 
     try:
         assert mistaken() == 1
-        assert "--batch to 6" in str(results_of(tmp_path / "out")["failures"])
+        assert "--batch is 3" in str(results_of(tmp_path / "out")["failures"])
     except UserError as error:
-        assert "--batch to 6" in str(error)
+        assert "--batch is 3" in str(error)
     assert run(photo_file, tmp_path / "out", ("langevin",), config=replace(CONFIG, batch=6)) == 0
     assert results_of(tmp_path / "out")["failures"] == {}
 
