@@ -14,6 +14,7 @@ from captures import write_capture
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.depth_dataset import DepthDataset
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
@@ -116,6 +117,14 @@ def test_training_ends_with_the_name_of_the_missing_image(tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert f"the image {missing}, listed in {tmp_path / 'transforms.json'}, does not exist" in done.stderr
+
+
+def test_a_split_without_images_is_named(tmp_path):
+    config = deepcopy(methods.softmining_nerfacto_lite.config).pipeline
+    config.datamanager.data = write_capture(tmp_path, num_images=2)
+    pipeline = config.setup(device="cpu")
+    with pytest.raises(UserError, match="0 held-out images.*eval-mode"):
+        pipeline.get_training_callbacks(TrainingCallbackAttributes(None, None, pipeline, None))
 
 
 def test_each_data_set_has_its_own_list_of_what_stays_on_the_host(tmp_path):

@@ -12,10 +12,10 @@ import torch
 import tyro
 import yaml
 from nerfstudio.data.datasets.base_dataset import InputDataset
-from nerfstudio_softmining.data import llff_dataparser
 from PIL import Image
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import llff_dataparser
 from nerfstudio_softmining.plugin.dataparsers import llff
 from nerfstudio_softmining.plugin.llff_dataparser import LLFFDataParserConfig
 

@@ -1,4 +1,4 @@
-"""The examples of mining/ and of docs/mining.md are true, and they stand on torch alone."""
+"""The examples of mining/ and of docs/own_loop.md are true, and they stand on torch alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from nerfstudio_softmining import mining
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "mining.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "own_loop.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 MODULES = [f"{mining.__name__}.{module.name}" for module in pkgutil.iter_modules(mining.__path__)]
 
@@ -40,7 +40,7 @@ def test_every_public_function_and_class_has_an_example(name):
     module = importlib.import_module(name)
     public = {title: value for title, value in vars(module).items() if getattr(value, "__module__", None) == name}
     without = {title for title, value in public.items() if ">>>" not in (inspect.getdoc(value) or "")}
-    results = {"Draw", "Info", "ChainState", "Record"}  # only ever returned, or a type variable
+    results = {"ChainState", "Draw", "Info", "Record"}  # only ever returned
     assert {title for title in without if not title.startswith("_")} <= results
 
 
@@ -64,7 +64,7 @@ print(*sorted(name for name in sys.modules if name.startswith("nerfstudio_softmi
 
 @pytest.fixture(scope="module")
 def document():
-    """What the blocks of docs/mining.md define, run one after the other. torch's randomness is left as it was."""
+    """What the blocks of docs/own_loop.md define, run one after the other. torch's randomness is left as it was."""
     names = {"__name__": "document"}
     with torch.random.fork_rng(devices=[]):
         for block in BLOCKS:
@@ -74,7 +74,7 @@ def document():
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_mining_beats_uniform_samples_on_the_documented_problem(document, seed):
-    """With room: of the seeds 0 - 7 the worst factor was 3.2 for chains and 4.3 for the map. Seed 0 is printed."""
+    """With room: of the seeds 0 - 7 the worst factor was 5.0 for chains and 9.2 for the map. Seed 0 is printed."""
     with torch.random.fork_rng(devices=[]):
         uniform = document["train"](num_chains=0, seed=seed)
         assert document["train"](num_chains=115, seed=seed) < uniform / 1.5
@@ -82,21 +82,21 @@ def test_mining_beats_uniform_samples_on_the_documented_problem(document, seed):
 
 
 def test_the_documented_map_has_found_the_peak_and_its_weights_are_exact(document):
-    """At alpha = 1, p times the weight is the same for each cell, its share of the cube."""
+    """At alpha = 1, p times the weight is the same for each cell, its fraction of the cube."""
     table, density = document["table"], document["density"]
     p = density.probability(table, torch.arange(16**3))
     torch.testing.assert_close(p.sum(), torch.tensor(1.0))
     weights = document["importance"].soft_weights(p * 16**3, alpha=1.0)
     torch.testing.assert_close(p * weights, torch.full((16**3,), 1 / 16**3))
-    assert (table.weights > 0).all()
+    assert (p > 0).all()
     cells = torch.stack(torch.meshgrid(*[(torch.arange(16) + 0.5) / 16] * 3, indexing="ij"), dim=-1).view(-1, 3)
     near = (cells - 0.7).norm(dim=-1) < 0.15
     assert p[near].mean() > 1.5 * p[~near].mean()
 
 
 def test_the_documented_mask_keeps_chains_on_what_counts(document):
-    keep = torch.rand(3, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.4
-    domain, langevin = document["MaskedImages"](keep), document["langevin"]
+    valid = torch.rand(3, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.4
+    domain, langevin = document["MaskedImages"](valid), document["langevin"]
     assert isinstance(domain, langevin.Domain)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -104,14 +104,14 @@ def test_the_documented_mask_keeps_chains_on_what_counts(document):
         counts = torch.zeros(3, 7, 9)
         row, column = chains.position.long().unbind(dim=-1)
         counts.index_put_((chains.image_index, row, column), torch.ones(20_000), accumulate=True)
-        assert torch.equal(counts > 0, keep)
-        expected = 20_000 / keep.sum()
-        assert ((counts[keep] - expected).abs() < 5 * expected.sqrt()).all()
+        assert torch.equal(counts > 0, valid)
+        expected = 20_000 / valid.sum()
+        assert ((counts[valid] - expected).abs() < 5 * expected.sqrt()).all()
         assert domain.contains(chains).all()
         anywhere = chains._replace(position=torch.rand(20_000, 2) * 14 - 2)
     row, column = anywhere.position.floor().long().unbind(dim=-1)
     inside = (row >= 0) & (row < 7) & (column >= 0) & (column < 9)
-    expected = inside & keep[anywhere.image_index, row.clamp(0, 6), column.clamp(0, 8)]
+    expected = inside & valid[anywhere.image_index, row.clamp(0, 6), column.clamp(0, 8)]
     assert torch.equal(domain.contains(anywhere), expected)
     lost = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [1.0, -float("inf")], [1e30, 1.0]])
     assert not domain.contains(langevin.start(torch.zeros(4, dtype=torch.int64), lost, torch.ones(4))).any()

@@ -10,7 +10,7 @@ The method reads in this order:
 - [error_map][nerfstudio_softmining.mining.error_map]: a coarse map of the error of each image;
 - [records][nerfstudio_softmining.mining.records]: indexing all fields of a NamedTuple of tensors at once.
 
-docs/mining.md builds a training loop from these, piece by piece.
+docs/own_loop.md builds a training loop from these, piece by piece.
 
 Equation, table and section numbers are those of Kheradmand et al., "Accelerating Neural Field Training via Soft
 Mining", CVPR 2024.

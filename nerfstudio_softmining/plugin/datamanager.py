@@ -70,7 +70,6 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
     ) -> None:
         compat.prepare(device)
         self._mining_batch: MiningBatch | None = None
-        self._model: Any = None
         self._loss_scale: Tensor | None = None
         self._random_state: dict | None = None
         self._starts_apart = False
@@ -124,6 +123,12 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         return iter(self.eval_image_dataloader)
 
     def _cache(self, dataset: InputDataset, num_images: int, num_repeats: int, on_host: list[str]) -> ImageCache:
+        if len(dataset) == 0:
+            split = "training" if dataset is self.train_dataset else "held-out"
+            raise UserError(
+                f"the scene at {self.config.data} has 0 {split} images. Add some, or change how the dataparser splits "
+                "them, such as `nerfstudio-data --eval-mode interval` after all other flags."
+            )
         sampler = self.config.pixel_sampler
         # what nerfstudio computes from whole images needs them in float32
         as_bytes = isinstance(sampler, MiningPixelSamplerConfig) and not (sampler.keep_full_image or dataset.mask_color)
@@ -194,9 +199,8 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
 
     def _importance(self, indices: Tensor) -> Tensor:
         """Evaluate Q of given pixels [rays, 3] with the model as it is."""
-        model = self._model
-        parts = indices.split(model.config.eval_num_rays_per_chunk)
-        return torch.cat([model.importance(*self._rays_at(part)) for part in parts])
+        parts = indices.split(self._chunk_size)
+        return torch.cat([self._model_importance(*self._rays_at(part)) for part in parts])
 
     def _rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
         """Rays of given pixels [rays, 3], and what they should show."""
@@ -214,7 +218,9 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         self._loss_scale = compat.loss_scale(scaler)
         sampler, pipeline = self.train_pixel_sampler, training_callback_attributes.pipeline
         if pipeline is not None:
-            self._model = pipeline.model  # a SoftMiningMixin, which the mixin itself makes sure of
+            model: Any = pipeline.model  # a SoftMiningMixin, which the mixin itself makes sure of
+            # not the model itself, which torch would save as a part of the datamanager
+            self._model_importance, self._chunk_size = model.importance, model.config.eval_num_rays_per_chunk
 
         def update_sampler(step: int) -> None:
             before, self._loss_scale = self._loss_scale, compat.loss_scale(scaler)
