@@ -103,7 +103,7 @@ def test_resuming_goes_on_bit_for_bit(config, runs, scene):
     train(runs, scene, "resumed", STEPS // 2, "--load-dir", first)
     whole, resumed = flat(checkpoint(runs, "whole")), flat(checkpoint(runs, "resumed"))
     assert whole.keys() == resumed.keys()
-    assert any("kept" in path for path in whole)
+    assert any("by_image" in path for path in whole)
     for path, value in whole.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, resumed[path], rtol=0, atol=0, equal_nan=True, msg=path)
