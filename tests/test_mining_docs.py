@@ -152,7 +152,7 @@ except ModuleNotFoundError:
 for block in {BLOCKS!r}:
     exec(block)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr
     missing, *lines = run.stdout.splitlines()
     errors = {title: float(value) for title, value in (line.split(": ") for line in lines)}
