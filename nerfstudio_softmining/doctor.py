@@ -56,7 +56,7 @@ class Check:
 
 
 def check_python() -> Row:
-    """Python itself."""
+    """Look at Python itself."""
     found = ".".join(map(str, sys.version_info[:3]))
     if (3, 10) <= sys.version_info[:2] <= (3, 12):
         return Row(found)
@@ -64,7 +64,7 @@ def check_python() -> Row:
 
 
 def check_torch() -> Row:
-    """PyTorch, and the device that training will use."""
+    """Look at PyTorch, and the device that training will use."""
     import torch
 
     version = torch.__version__
@@ -79,14 +79,14 @@ def check_torch() -> Row:
 
 
 def check_nerfstudio() -> Row:
-    """nerfstudio, of which the plugin knows one minor version."""
+    """Look at nerfstudio, of which the plugin knows one minor version."""
     version = importlib.metadata.version("nerfstudio")
     importlib.import_module("nerfstudio.engine.trainer")
     return judge_nerfstudio(version)
 
 
 def judge_nerfstudio(version: str) -> Row:
-    """Whether the plugin is made for this version of nerfstudio."""
+    """Return whether the plugin is made for this version of nerfstudio."""
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     if (1, 1, 5) <= numbers < (1, 2):
         return Row(version)
@@ -94,14 +94,14 @@ def judge_nerfstudio(version: str) -> Row:
 
 
 def check_numpy() -> Row:
-    """numpy."""
+    """Look at numpy."""
     import numpy
 
     return Row(numpy.__version__)
 
 
 def check_tcnn() -> Row:
-    """tiny-cuda-nn, nerfacto's fast networks on NVIDIA GPUs."""
+    """Look for tiny-cuda-nn, nerfacto's fast networks on NVIDIA GPUs."""
     import torch
 
     if importlib.util.find_spec("tinycudann") is None:
@@ -117,7 +117,7 @@ def check_tcnn() -> Row:
 
 
 def check_nerfacc() -> Row:
-    """The CUDA kernels of nerfacc. Importing them would compile them, which takes minutes."""
+    """Look for the CUDA kernels of nerfacc. Importing them would compile them, which takes minutes."""
     import torch
 
     spec = importlib.util.find_spec("nerfacc")
@@ -137,7 +137,7 @@ def check_nerfacc() -> Row:
 
 
 def check_lpips() -> Row:
-    """The weights behind the LPIPS metric."""
+    """Look for the weights behind the LPIPS metric."""
     import torch
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
@@ -148,7 +148,7 @@ def check_lpips() -> Row:
 
 
 def check_registered(kind: str) -> Row:
-    """What this plugin has registered with nerfstudio.
+    """Load what this plugin has registered with nerfstudio.
 
     Args:
         kind: Key of [PLUGIN_GROUPS][].
@@ -180,7 +180,7 @@ def why_unusable(entry: EntryPoint) -> str:
 
 
 def check_open3d() -> Row:
-    """open3d, which ns-export imports and which needs libraries of the system."""
+    """Look for open3d, which ns-export imports and which needs libraries of the system."""
     try:
         importlib.import_module("open3d")
     except Exception as error:
@@ -190,7 +190,7 @@ def check_open3d() -> Row:
 
 
 def check_ffmpeg() -> Row:
-    """ffmpeg, without which ns-render does not start."""
+    """Look for ffmpeg, without which ns-render does not start."""
     if path := shutil.which("ffmpeg"):
         return Row(path)
     fix = "needed by ns-render and ns-process-data: apt-get, brew or conda install ffmpeg"
@@ -216,13 +216,13 @@ CHECKS = [
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Return the kind and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def answer(check: Check) -> Row:
-    """The check's row, or one that says how the check broke."""
+    """Return the check's row, or one that says how the check broke."""
     try:
         return check.look()
     except Exception as error:

@@ -39,7 +39,7 @@ def allow_numpy_scalars_in_checkpoints() -> None:
 
 
 def implementation() -> Literal["tcnn", "torch"]:
-    """The network implementation to use: tiny-cuda-nn where it can be, else torch's.
+    """Return the network implementation to use: tiny-cuda-nn where it can be, else torch's.
 
     Can go when nerfstudio falls back by itself before the configuration is saved.
     """
@@ -47,7 +47,7 @@ def implementation() -> Literal["tcnn", "torch"]:
 
 
 def device_type() -> Literal["cpu", "cuda", "mps"]:
-    """The device to train on. Can go when nerfstudio's default is not always "cuda"."""
+    """Return the device to train on. Can go when nerfstudio's default is not always "cuda"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -79,8 +79,8 @@ def has_fused_adam(device: torch.device | str) -> bool:
     return True
 
 
-def tell_if_tcnn_is_missing(chosen: str) -> None:
-    """Say once that the slower implementation runs. Can go with [implementation][]."""
+def warn_if_tcnn_is_missing(chosen: str) -> None:
+    """Warn that the slower implementation runs. Can go with [implementation][]."""
     if chosen == "torch" and not TCNN_EXISTS:
         CONSOLE.print(
             "[yellow]tiny-cuda-nn is not installed: the torch implementation runs, about 4x slower on a GPU "
@@ -98,7 +98,7 @@ def allow_camera_export(dataset: InputDataset) -> None:
 
 
 def loss_scale(scaler: torch.cuda.amp.GradScaler | None) -> Tensor | None:
-    """A copy of the scale that the scaler is about to apply, on its device; None where losses are not scaled.
+    """Copy the scale that the scaler is about to apply, on its device; None where losses are not scaled.
 
     `GradScaler.get_scale` waits for the device. Can go when torch offers the scale as a tensor.
     """
@@ -116,13 +116,13 @@ class Lpips:
     """
 
     _metric: torch.nn.Module | None = None
-    _told = False
+    _warned = False
 
     def __init__(self, **options: Any) -> None:
         self._options = options
 
     def __call__(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        if not Lpips._told and Lpips._metric is None:
+        if not Lpips._warned and Lpips._metric is None:
             Lpips._metric = self._build()
         if Lpips._metric is None:
             return torch.tensor(float("nan"))
@@ -137,7 +137,7 @@ class Lpips:
             with fork_random_state():  # building draws weights
                 return LearnedPerceptualImagePatchSimilarity(**self._options)
         except (OSError, RuntimeError) as error:
-            Lpips._told = True
+            Lpips._warned = True
             CONSOLE.print(
                 f"[yellow]LPIPS is left out of the metrics: its weights are not in {torch.hub.get_dir()}/checkpoints "
                 f"and could not be downloaded ({error}).[/yellow]"
@@ -161,7 +161,7 @@ def lazy_lpips() -> Iterator[None]:
 
 
 def random_state() -> dict:
-    """The state of every source of randomness that training uses, as a checkpoint can hold it.
+    """Return the state of every source of randomness that training uses, as a checkpoint can hold it.
 
     Can go when nerfstudio's checkpoints keep it.
     """
@@ -175,7 +175,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Go on from a [random_state][]. Devices that are not there now are left out."""
+    """Restore a [random_state][]. Devices that are not there now are left out."""
     random.setstate(state["python"])
     key, position = state["numpy"]
     legacy = np.random.get_state(legacy=False)

@@ -1,4 +1,4 @@
-"""The datamanager: rays whose pixel coordinates have a gradient, and a sampler that is told how they fared."""
+"""The datamanager: rays whose pixel coordinates have a gradient, and a sampler that is updated after each step."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         return rays, batch
 
     def _differentiable_rays(self, indices: Tensor) -> tuple[RayBundle, Tensor]:
-        """Rays through pixel centres, and the leaf tensor [rays, 2] of the centres (row, column)."""
+        """Make rays through pixel centres, and the leaf tensor [rays, 2] of the centres (row, column)."""
         cameras = self.train_ray_generator.cameras
         indices = indices.to(cameras.device)
         with torch.enable_grad():
@@ -203,7 +203,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         return torch.cat([self._model_importance(*self._rays_at(part)) for part in parts])
 
     def _rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
-        """Rays of given pixels [rays, 3], and what they should show."""
+        """Return the rays of given pixels [rays, 3], and what they should show."""
         assert isinstance(self.train_pixel_sampler, MiningPixelSampler)
         return self.train_ray_generator(indices), self.train_pixel_sampler.batch_at(indices)
 
@@ -239,7 +239,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         ]
 
     def get_extra_state(self) -> dict:
-        """The sampler's state and the sources of randomness, which nerfstudio's checkpoints do not hold."""
+        """Return the sampler's state and the sources of randomness, which nerfstudio's checkpoints do not hold."""
         sampler = self.train_pixel_sampler
         return {
             "sampler": sampler.state_dict() if isinstance(sampler, MiningPixelSampler) else {},
@@ -247,7 +247,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         }
 
     def set_extra_state(self, state: dict) -> None:
-        """Go on from a checkpoint at the next training batch.
+        """Continue from a checkpoint at the next training batch.
 
         A checkpoint holds the randomness and the sampler of the first process. The others start with a sampler and a
         random stream of their own, as all would train on the same rays otherwise.

@@ -55,7 +55,7 @@ result depend on their start.)"""
 
 
 def _nerfacto(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfig:
-    """Nerfacto's own settings, soft mined."""
+    """Make nerfacto's own settings, soft mined."""
     decay = ExponentialDecaySchedulerConfig(lr_final=0.0001, max_steps=200000)
     defaults = {
         "eval_num_rays_per_chunk": 1 << 15,
@@ -90,7 +90,7 @@ def _nerfacto(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerC
 
 
 def _lite(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfig:
-    """The same for a laptop: a small model, small batches, few iterations."""
+    """Make the same for a laptop: a small model, small batches, few iterations."""
     config = _nerfacto(name, dataparser, **(LITE | model))
     config.max_num_iterations = 1000
     config.steps_per_save = 500

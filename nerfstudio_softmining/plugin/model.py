@@ -59,16 +59,16 @@ class SoftMiningMixin(Model):
         """Build the model."""
         with compat.lazy_lpips():
             super().populate_modules()
-        compat.tell_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
+        compat.warn_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
         self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
         self._outer_sampler().register_forward_hook(_attach_pixel_gradient)
 
     def _outer_sampler(self) -> Sampler:
-        """The module that draws the samples of the field."""
+        """Return the module that draws the samples of the field."""
         return next(module for module in self.children() if isinstance(module, Sampler))
 
     def get_loss_dict(self, outputs: dict, batch: dict, metrics_dict: dict | None = None) -> dict[str, Tensor]:
-        """The model's own losses, with the reconstruction weighted while training."""
+        """Compute the model's own losses, with the reconstruction weighted while training."""
         if self.training and BATCH_KEY not in batch:
             raise UserError(
                 "the training batch does not come from soft mining's sampler, which must be updated from the loss. Use "
@@ -84,7 +84,7 @@ class SoftMiningMixin(Model):
 
     @torch.no_grad()
     def importance(self, ray_bundle: RayBundle, batch: dict) -> Tensor:
-        """Q of each of some rays [rays], as training would see it; leaves the training as it is.
+        """Evaluate Q of some rays [rays] as training would, without changing its state.
 
         Args:
             ray_bundle: the rays.
@@ -105,7 +105,7 @@ class SoftMiningMixin(Model):
         return mining.importance
 
     def get_image_metrics_and_images(self, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """The model's own metrics; LPIPS is left out where its weights are missing."""
+        """Compute the model's own metrics; LPIPS is left out where its weights are missing."""
         metrics, images = super().get_image_metrics_and_images(outputs, batch)
         if math.isnan(metrics.get("lpips", 0.0)):
             del metrics["lpips"]
@@ -114,7 +114,7 @@ class SoftMiningMixin(Model):
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """The model's own callbacks, after a check that the datamanager suits soft mining."""
+        """Return the model's own callbacks, after checking that the datamanager suits soft mining."""
         pipeline = training_callback_attributes.pipeline
         if pipeline is not None and not isinstance(pipeline.datamanager, SoftMiningDataManager):
             raise UserError(
@@ -125,7 +125,7 @@ class SoftMiningMixin(Model):
 
     @property
     def _implementation(self) -> str:
-        """The implementation whose parameters the model holds: nerfstudio falls back to torch by itself."""
+        """Return the implementation whose parameters the model holds: nerfstudio falls back to torch by itself."""
         chosen = getattr(self.config, "implementation", "torch")
         return chosen if TCNN_EXISTS else "torch"
 

@@ -177,7 +177,7 @@ class MiningPixelSampler(PixelSampler):
         return {"kind": self.config.kind, "run": self._run.state_dict(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a checkpoint at the next batch. The state of another kind of sampler is left, with a warning."""
+        """Continue from a checkpoint at the next batch. Leave the state of another kind, with a warning."""
         self._saved = state or None
         if state and state["kind"] != self.config.kind:
             CONSOLE.print(
