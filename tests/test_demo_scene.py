@@ -92,6 +92,12 @@ def test_balls_are_seen_where_the_written_camera_projects_them(folder: Path, spl
     assert seen > 6
 
 
+def test_cameras_are_turned_not_mirrored_and_stand_upright() -> None:
+    for turn in (pose[:3, :3] for pose in scene.orbit(5)):
+        np.testing.assert_allclose(turn.T @ turn, np.eye(3), atol=1e-9)
+        assert np.linalg.det(turn) > 0 and turn[2, 0] == 0 and turn[2, 1] > 0
+
+
 def test_colour_is_not_multiplied_by_opacity(folder: Path) -> None:
     rim = np.concatenate([i[(i[..., 3] > 20) & (i[..., 3] < 120)] for i, _ in frames(folder, "train")])
     assert len(rim) > 20
