@@ -30,10 +30,8 @@ LOOK_AT, ORBIT_RADIUS = np.array([0.0, 0.0, -0.1]), 4.0
 """The point that every camera looks at, and its distance from there."""
 SUPERSAMPLING = 3
 """Rays per pixel, along each side of the pixel."""
-AMBIENT = 0.45
-"""Share of the light that comes from everywhere; the rest comes from [LIGHT][]."""
-LIGHT = np.array([0.4, -0.5, 0.77]) / np.linalg.norm([0.4, -0.5, 0.77])
-"""Unit vector towards the light."""
+AMBIENT, LIGHT = 0.45, np.array([0.4, -0.5, 0.77]) / np.linalg.norm([0.4, -0.5, 0.77])
+"""Share of the light that comes from everywhere, and the unit vector towards where the rest comes from."""
 SPLITS = {"train": "train", "val": "test", "test": "test"}
 """Split -> folder of its images: the held-out views serve both during training and after it."""
 
@@ -139,10 +137,9 @@ def orbit(num_views: int, first_azimuth: float = 0.0) -> list[Array]:
         x right, y up, looking along -z.
     """
     golden_angle = math.pi * (3.0 - math.sqrt(5.0))
-    low, high = math.sin(math.radians(10.0)), math.sin(math.radians(70.0))
+    low, high = np.sin(np.radians([10.0, 70.0]))
     poses = []
-    for view in range(num_views):
-        height = low + (high - low) * (view + 0.5) / num_views
+    for view, height in enumerate(np.linspace(low, high, 2 * num_views + 1)[1::2]):
         azimuth = first_azimuth + golden_angle * view
         flat = math.sqrt(1.0 - height**2)
         back = np.array([flat * math.cos(azimuth), flat * math.sin(azimuth), height])
