@@ -6,35 +6,30 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nerfstudio_softmining.demo.scene import ensure_scene, image_files
 from nerfstudio_softmining.errors import UserError
 
 METHOD = "softmining-nerfacto-lite-blender"
+RUN = Path(METHOD, "run")
+"""nerfstudio's folder of a run, within the folder of its training."""
 LABELS = {"uniform": "uniform rays", "soft-mining": "soft mining"}
-"""What is trained, and what pictures call it."""
+"""Name of each training's folder -> what pictures call it."""
+RENDERS = "eval_images"
+"""Folder of what ns-eval renders, within the folder of its training."""
 TAIL_LINES = 15
 """Lines of a failed command's log that are shown."""
 ERROR_SCALE = 0.3
@@ -49,45 +44,6 @@ PROGRESS_LINE = re.compile(r"(\d+) \(\d+\.\d\d%\) ")
 """How each line of nerfstudio's table of training steps begins: "250 (25.00%) "."""
 
 Image8 = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of a demo, and where its files are."""
-
-    name: str
-    """Key of [LABELS][]."""
-    folder: Path
-    """Folder of the demo's results."""
-
-    @property
-    def run(self) -> Path:
-        """nerfstudio's folder of the run."""
-        return self.folder / self.name / METHOD / "run"
-
-    @property
-    def config(self) -> Path:
-        """What ns-eval, ns-viewer and ns-render load."""
-        return self.run / "config.yml"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The run's last checkpoint."""
-        return max((self.run / "nerfstudio_models").glob("step-*.ckpt"))
-
-    @property
-    def renders(self) -> Path:
-        """What ns-eval renders."""
-        return self.folder / self.name / "eval_images"
-
-    @property
-    def numbers(self) -> Path:
-        """What ns-eval measures."""
-        return self.folder / self.name / "eval.json"
-
-    def log(self, script: str) -> Path:
-        """All that a command prints."""
-        return self.folder / self.name / f"{script}.log"
 
 
 def run_demo(output: Path, iterations: int, seed: int) -> None:
@@ -109,13 +65,17 @@ def run_demo(output: Path, iterations: int, seed: int) -> None:
     output = output.resolve()  # the saved settings must lead to the scene from wherever they are loaded
     scene, folder = output / "scene", fresh_folder(output)
     ensure_scene(scene)
-    trainings = [Training(name, folder) for name in LABELS]
+    trainings = [folder / name for name in LABELS]
     seconds = [train(training, scene, iterations, seed, console) for training in trainings]
-    for training in trainings:
-        evaluate(training, console)
-    pictures = folder / "pictures"
-    draw_pictures(trainings, scene, pictures)
-    report(trainings, pictures, iterations, seconds, console)
+    results = [evaluate(training, console) for training in trainings]
+    draw_pictures(trainings, scene, folder / "pictures")
+    report(results, seconds, iterations, console)
+    config = trainings[-1] / RUN / "config.yml"
+    lines = [f"Look at {folder / 'pictures'}. All of it is in {folder}.", "Look further:"]
+    lines += [f"  ns-viewer --load-config {shlex.quote(str(config))}"]
+    lines += [f"  tensorboard --logdir {shlex.quote(str(folder))}"]
+    lines += ["Your own images:", "  ns-train softmining-nerfacto --data <folder>"]
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
 
 def fresh_folder(output: Path) -> Path:
@@ -128,47 +88,66 @@ def fresh_folder(output: Path) -> Path:
     return folder
 
 
+def report(results: list[dict[str, float]], seconds: list[float], iterations: int, console: Console) -> None:
+    """Print how well each training went, and how long it took."""
+    table = Table(title=f"Held-out views after {iterations} iterations, one seed", title_justify="left")
+    for name in ("", "PSNR", "SSIM", "training time, with start-up"):
+        table.add_column(name, justify="right")
+    for label, result, duration in zip(LABELS.values(), results, seconds, strict=True):
+        minutes, rest = divmod(round(duration), 60)
+        table.add_row(label, f"{result['psnr']:.2f} dB", f"{result['ssim']:.4f}", f"{minutes} min {rest} s")
+    console.print(table)
+
+
 # ---------------------------------------------------------------------------------------------- nerfstudio's commands
 
 
-def train(training: Training, scene: Path, iterations: int, seed: int, console: Console) -> float:
+def train(training: Path, scene: Path, iterations: int, seed: int, console: Console) -> float:
     """Run ns-train.
+
+    Args:
+        training: Folder for it, named as in [LABELS][].
+        scene: Folder of the scene.
+        iterations: Training steps.
+        seed: Seed of the training.
+        console: Where progress is shown.
 
     Returns:
         How long it took, in seconds, from start to end of the command.
     """
-    arguments = [METHOD, "--data", str(scene), "--output-dir", str(training.folder)]
-    arguments += ["--experiment-name", training.name, "--timestamp", "run"]
+    arguments = [METHOD, "--data", str(scene), "--output-dir", str(training.parent)]
+    arguments += ["--experiment-name", training.name, "--timestamp", RUN.name]
     arguments += ["--max-num-iterations", str(iterations), "--machine.seed", str(seed)]
     arguments += ["--vis", "tensorboard"]  # with a viewer, nerfstudio waits for Ctrl-C after training
     arguments += ["--logging.local-writer.max-log-size", "0"]  # new lines, not a table redrawn in place
     if training.name == "uniform":
         arguments += ["--pipeline.datamanager.pixel-sampler.kind", "uniform"]
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("iterations,")]
-    columns += [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("to go")]
-    training.log("train").parent.mkdir(parents=True)
+    columns = ["{task.description}", BarColumn(), MofNCompleteColumn(), "iterations,"]
+    columns += [TimeElapsedColumn(), "gone,", TimeRemainingColumn(), "to go"]
+    training.mkdir()
     start = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"Training with {LABELS[training.name]}", total=iterations)
 
         def advance(line: str) -> None:
-            match = PROGRESS_LINE.match(line)
-            if match:
+            if match := PROGRESS_LINE.match(line):
                 progress.update(task, completed=int(match.group(1)))
 
-        run_logged("train", arguments, training.log("train"), advance)
+        run_logged("train", arguments, training / "train.log", advance)
         progress.update(task, completed=iterations)
     return time.perf_counter() - start
 
 
-def evaluate(training: Training, console: Console) -> None:
-    """Run ns-eval on the held-out views."""
-    arguments = ["--load-config", str(training.config), "--output-path", str(training.numbers)]
-    arguments += ["--render-output-path", str(training.renders)]
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+def evaluate(training: Path, console: Console) -> dict[str, float]:
+    """Run ns-eval on the held-out views, and return what it measures by its name."""
+    numbers = training / "eval.json"
+    arguments = ["--load-config", str(training / RUN / "config.yml"), "--output-path", str(numbers)]
+    arguments += ["--render-output-path", str(training / RENDERS)]
+    columns = SpinnerColumn(), "{task.description}", TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(f"Rendering the held-out views of {LABELS[training.name]}")
-        run_logged("eval", arguments, training.log("eval"), lambda line: None)
+        run_logged("eval", arguments, training / "eval.log", lambda line: None)
+    return json.loads(numbers.read_text(encoding="utf-8"))["results"]
 
 
 def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[str], None]) -> None:
@@ -187,14 +166,7 @@ def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     with (
         log.open("w", encoding="utf-8", buffering=1) as file,
-        subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        ) as process,
+        Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace") as process,
     ):
         assert process.stdout is not None
         try:
@@ -215,32 +187,30 @@ def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-def draw_pictures(trainings: list[Training], scene: Path, folder: Path) -> None:
+def draw_pictures(trainings: list[Path], scene: Path, folder: Path) -> None:
     """Draw held-out views beside their renders, and where on the training images soft mining draws its rays."""
     folder.mkdir()
-    views = sorted(path.name for path in trainings[0].renders.glob("eval_img_*.png"))
+    views = sorted(path.name for path in (trainings[0] / RENDERS).glob("eval_img_*.png"))
     for view in np.unique(np.linspace(0, len(views) - 1, SHOWN_VIEWS + 2).astype(int)[1:-1]):
-        pairs = [np.split(read_rgb(training.renders / views[view]), 2, axis=1) for training in trainings]
+        pairs = [np.split(read_rgb(training / RENDERS / views[view]), 2, axis=1) for training in trainings]
         renders = {LABELS[training.name]: render for training, (_, render) in zip(trainings, pairs, strict=True)}
         comparison(pairs[0][0], renders).savefig(folder / f"held_out_view_{view}.png", dpi=150)
     images = [read_rgb(path) for path in image_files(scene, "train")]
-    indices = next_rays(trainings[-1].checkpoint, images)
-    rays_figure(images, indices).savefig(folder / "where_the_rays_go.png", dpi=150)
+    rays_figure(images, next_rays(trainings[-1] / RUN, images)).savefig(folder / "where_the_rays_go.png", dpi=150)
 
 
 def read_rgb(path: Path) -> Image8:
-    """An image on white, [height, width, 3]."""
+    """Read an image on white, [height, width, 3]."""
     with Image.open(path) as file:
         image = file.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
-def next_rays(checkpoint: Path, images: list[Image8]) -> NDArray[np.int64]:
-    """Rays that the sampler would draw next, were training to go on.
+def next_rays(run: Path, images: list[Image8]) -> NDArray[np.int64]:
+    """Draw the rays that the sampler would draw next, were training to go on.
 
     Args:
-        checkpoint: A checkpoint of the demo's own run; it is unpickled.
+        run: nerfstudio's folder of the demo's own run, whose last checkpoint is unpickled.
         images: Training images, each [height, width, 3].
 
     Returns:
@@ -250,6 +220,7 @@ def next_rays(checkpoint: Path, images: list[Image8]) -> NDArray[np.int64]:
 
     from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSamplerConfig
 
+    checkpoint = max((run / "nerfstudio_models").glob("step-*.ckpt"))
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     sampler = MiningPixelSamplerConfig(num_rays_per_batch=SHOWN_RAYS).setup()
     sampler.training = True
@@ -287,7 +258,7 @@ def comparison(truth: Image8, renders: dict[str, Image8]) -> Figure:
 
 
 def rays_figure(images: list[Image8], indices: NDArray[np.int64]) -> Figure:
-    """Rays on the training images that have most of them.
+    """Draw rays on the training images that have most of them.
 
     Args:
         images: Training images, each [height, width, 3].
@@ -306,25 +277,3 @@ def rays_figure(images: list[Image8], indices: NDArray[np.int64]) -> Figure:
         axis.set(xlim=(0, width), ylim=(height, 0))
         axis.set_axis_off()
     return figure
-
-
-# ------------------------------------------------------------------------------------------------------------- report
-
-
-def report(trainings: list[Training], pictures: Path, iterations: int, seconds: list[float], console: Console) -> None:
-    """Print how well both went, and where everything is."""
-    table = Table(title=f"Held-out views after {iterations} iterations, one seed", title_justify="left")
-    for name in ("", "PSNR", "SSIM", "training time, with start-up"):
-        table.add_column(name, justify="right")
-    for training, duration in zip(trainings, seconds, strict=True):
-        results = json.loads(training.numbers.read_text(encoding="utf-8"))["results"]
-        minutes, rest = divmod(round(duration), 60)
-        psnr, ssim = f"{results['psnr']:.2f} dB", f"{results['ssim']:.4f}"
-        table.add_row(LABELS[training.name], psnr, ssim, f"{minutes} min {rest} s")
-    console.print(table)
-    folder, config = trainings[-1].folder, trainings[-1].config
-    lines = [f"Look at {pictures}. All of it is in {folder}.", "Look further:"]
-    lines += [f"  ns-viewer --load-config {shlex.quote(str(config))}"]
-    lines += [f"  tensorboard --logdir {shlex.quote(str(folder))}"]
-    lines += ["Your own images:", "  ns-train softmining-nerfacto --data <folder>"]
-    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
