@@ -81,7 +81,7 @@ def heat(density: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
 def shown(values: Tensor) -> np.ndarray:
     """Return values as RGB in [0, 1]; transparent parts are white."""
-    colours = photos.shown(values)
+    colours = photos.to_rgb(values)
     return np.asarray(colours[..., :3]).clip(0, 1)
 
 
