@@ -95,7 +95,9 @@ def main(cost: Cost) -> None:
     cells = cells.apply(lambda column: column.map("{:.2f}".format)).rename_axis("sampler")
     cells[f"over {cost.samplers[0]}"] = over.map("{:+.1f} %".format)
     title = f"Mean ms of {cost.steps} steps; {height} x {width} pixels, batch {cost.config.batch:,}; {device_name()}"
-    CONSOLE.print(make_table(title, cells))
+    table = make_table(title, cells)
+    table.columns[0].min_width = max(map(len, seconds))  # the other columns are cut in a narrow terminal
+    CONSOLE.print(table)
 
 
 if __name__ == "__main__":

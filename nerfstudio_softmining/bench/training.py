@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.scripts.train import _set_random_seed
-from torch import Tensor
 
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.images.photo import write_bytes
 from nerfstudio_softmining.plugin import compat
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -120,14 +119,7 @@ def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = No
         metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
         rows.append(metrics)
         if picture is not None and not picture.exists():
-            write_picture(images["img"], picture)
+            write_bytes(255 * images["img"].clamp(0, 1).cpu().numpy(), picture)
     pipeline.train()
     means = {key: float(np.mean([row.get(key, math.nan) for row in rows])) for key in METRICS}
     return {key: None if math.isnan(value) else round(value, 4) for key, value in means.items()}
-
-
-def write_picture(image: Tensor, path: Path) -> None:
-    """Write colours in [0, 1] as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    cv2.imwrite(str(path), np.ascontiguousarray(pixels[..., ::-1]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
@@ -291,8 +290,3 @@ def render(field: nn.Module, size: tuple[int, int], device: torch.device) -> Ite
         row = (torch.arange(start, min(start + rows, height), device=device) + 0.5) / height
         points = torch.cartesian_prod(row, column)
         yield torch.cat([field(chunk) for chunk in points.split(CHUNK)]).view(len(row), width, -1).cpu()
-
-
-def num_parts(size: tuple[int, int]) -> int:
-    """Return how many parts `render` yields."""
-    return math.ceil(size[0] / max(1, CHUNK // size[1]))

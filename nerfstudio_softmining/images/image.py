@@ -25,17 +25,7 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images import report
 from nerfstudio_softmining.images.config import FitConfig
-from nerfstudio_softmining.images.fit import (
-    Fit,
-    Settings,
-    fingerprint,
-    load,
-    load_field,
-    make_settings,
-    num_parts,
-    render,
-    save,
-)
+from nerfstudio_softmining.images.fit import Fit, Settings, fingerprint, load, load_field, make_settings, render, save
 from nerfstudio_softmining.images.photo import Photo, fit_within
 
 LIVE_PSNR_EVERY = 100
@@ -186,7 +176,7 @@ def _train(
                 progress.update(task, description=f"{run.name}: {fit.psnr(LIVE_PSNR_PIXELS):.1f} dB")
             if iteration == FIRST_PREVIEW or iteration in at:
                 picture = torch.cat(list(fit.render(fit_within(photo.size, PREVIEW_SIDE))))
-                _write_bytes(255 * photos.to_rgb(picture)[..., ::-1], run.folder / f"preview_{iteration:06}.jpg")
+                photos.write_bytes(255 * photos.to_rgb(picture), run.folder / f"preview_{iteration:06}.jpg")
             if iteration in at and iteration not in evaluated:
                 entry = {"method": fit.field.implementation, "iteration": iteration, "psnr": round(fit.psnr(), 4)}
                 results.add(scene, settings.sampler, settings.seed, {**entry, **meter.read(settings.config.batch)})
@@ -196,13 +186,7 @@ def _train(
     finally:
         progress.remove_task(task)
     if fit.iteration > 0:
-        _write_bytes(_picture_of_draws(fit), run.folder / "draws.png")
-
-
-def _write_bytes(picture: NDArray, path: Path) -> None:
-    """Write values in [0, 255] as a picture of 8 bits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.ascontiguousarray(picture.round().astype(np.uint8)))
+        photos.write_bytes(_picture_of_draws(fit), run.folder / "draws.png")
 
 
 def _picture_of_draws(fit: Fit) -> NDArray[np.float32]:
@@ -241,11 +225,13 @@ def _reconstruct(run: Run, photo: Photo) -> report.Picture:
 
 def _render_all(field: nn.Module, shape: Sequence[int], device: torch.device, description: str) -> Tensor:
     """Return the whole picture [h, w, c] of a field, on the CPU, with a progress bar."""
-    picture, row, size = torch.empty(*shape), 0, (shape[0], shape[1])
+    picture, row = torch.empty(*shape), 0
     with make_progress(transient=True) as progress:
-        for part in progress.track(render(field, size, device), total=num_parts(size), description=description):
+        task = progress.add_task(description, total=len(picture))
+        for part in render(field, (shape[0], shape[1]), device):
             picture[row : row + len(part)] = part
             row += len(part)
+            progress.update(task, completed=row)
     return picture
 
 

@@ -20,6 +20,8 @@ os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")  # OpenCV reads this at i
 import cv2  # noqa: E402
 
 INTEGER_LIMITS = {"uint8": 255, "uint16": 65535}
+CHANNEL_ORDER = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}
+"""Order of OpenCV's channels, BGRA, as RGBA, and the other way round."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,9 @@ def read(path: Path) -> Photo:
         raise UserError(f"{path} is not an image that OpenCV reads. Convert it to PNG, JPEG, TIFF, .hdr or .exr.")
     values = image[..., None] if image.ndim == 2 else image
     channels = values.shape[2]
-    if channels == 3:
-        values = cv2.cvtColor(values, cv2.COLOR_BGR2RGB)
-    elif channels == 4:
-        values = cv2.cvtColor(values, cv2.COLOR_BGRA2RGBA)
-    elif channels != 1:
+    if channels not in CHANNEL_ORDER:
         raise UserError(f"{path} has {channels} channels: grey, RGB and RGBA can be fitted. Convert it to one of them.")
+    values = values[..., CHANNEL_ORDER[channels]]
     if values.dtype.name in INTEGER_LIMITS:
         encoding = Encoding(values.dtype.name, channels)
     elif values.dtype in (np.float16, np.float32, np.float64):
@@ -184,10 +183,16 @@ def write(values: NDArray, path: Path) -> Path:
         raise UserError(f"--output is {path}, which is a folder. Name a file.")
     path = path.with_suffix(".exr" if values.dtype == np.float32 else ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[values.shape[2]]
-    if not cv2.imwrite(str(path), np.ascontiguousarray(values[..., order])):
+    if not cv2.imwrite(str(path), np.ascontiguousarray(values[..., CHANNEL_ORDER[values.shape[2]]])):
         raise UserError(f"{path} cannot be written. Name another --output.")
     return path
+
+
+def write_bytes(picture: NDArray, path: Path) -> None:
+    """Write values in [0, 255] as a picture of 8 bits, grey [h, w] or in the order RGB [h, w, 3]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rgb = picture.round().astype(np.uint8)
+    cv2.imwrite(str(path), np.ascontiguousarray(rgb if rgb.ndim == 2 else rgb[..., ::-1]))
 
 
 def to_rgb(values: Tensor) -> NDArray[np.float32]:
