@@ -22,7 +22,7 @@ from nerfstudio_softmining.plugin import compat
 def run_bench(
     path: Path, data: Path, output: Path, changes: dict, prepare: Callable[[TrainerConfig], None] = lambda config: None
 ) -> bool:
-    """Train what a preset asks for and has not been trained yet, then write the report.
+    """Train the runs of a preset that are not finished, then write the report.
 
     Args:
         path: the preset's file.
@@ -90,7 +90,7 @@ def override(preset: Preset, changes: dict) -> Preset:
     """Return the preset with the values of flags in place of its own.
 
     Raises:
-        UserError: if a flag asks for what makes no sense.
+        UserError: if the value of a flag cannot be used.
     """
     given = {key: value for key, value in changes.items() if value not in (None, ())}
     known = {scene.path: scene for scene in preset.scenes}
@@ -98,10 +98,10 @@ def override(preset: Preset, changes: dict) -> Preset:
     missing = [path for path in paths if path not in known]
     if missing and "method" not in given:
         raise UserError(
-            f"--scenes has {missing[0]!r}, which the preset has not ({', '.join(known)}). Name --method for it."
+            f"--scenes has {missing[0]!r}, which is not in the preset ({', '.join(known)}). Name --method for it."
         )
-    of_scenes = {field.name: given.pop(field.name) for field in dataclasses.fields(Scene) if field.name in given}
-    scenes = tuple(dataclasses.replace(known.get(path, Scene(path, method="")), **of_scenes) for path in paths)
+    scene_changes = {field.name: given.pop(field.name) for field in dataclasses.fields(Scene) if field.name in given}
+    scenes = tuple(dataclasses.replace(known.get(path, Scene(path, method="")), **scene_changes) for path in paths)
     preset = dataclasses.replace(preset, scenes=scenes, **given)
     check_flags(preset.at, scenes=preset.scenes, samplers=preset.samplers, seeds=preset.seeds)
     return preset

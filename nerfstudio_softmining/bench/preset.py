@@ -73,8 +73,8 @@ def read(path: Path) -> Preset:
         scenes = tuple(Scene(**_tuples(scene)) for scene in values.pop("scenes"))
         return Preset(scenes=scenes, folder=path.parent, **_tuples(values))
     except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        known = ", ".join(f.name for f in dataclasses.fields(Preset) if f.name != "folder")
-        raise UserError(f"{path} is not a preset ({error}). It has the keys {known}; see configs/lite.yaml.") from error
+        keys = ", ".join(field.name for field in dataclasses.fields(Preset) if field.name != "folder")
+        raise UserError(f"{path} is not a preset ({error}). It has the keys {keys}; see configs/lite.yaml.") from error
 
 
 def _tuples(values: dict) -> dict:
@@ -92,7 +92,7 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
         output: folder for checkpoints and logs.
 
     Raises:
-        UserError: if the sampler, the method or a setting is not known.
+        UserError: if there is no such sampler, method or setting.
     """
     specs = registry.samplers(scenes=True)
     name, sampler_settings = registry.parse(sampler)

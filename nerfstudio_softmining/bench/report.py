@@ -101,13 +101,10 @@ def gains(runs: pd.DataFrame, baseline: str, title: str) -> Table:
 
     It has the samplers and seeds that were run to the end on all scenes.
     """
-    is_baseline = runs["sampler"] == baseline
-    keys = ["scene", "seed", "iteration"]
-    pairs = runs[~is_baseline].merge(runs.loc[is_baseline, [*keys, "psnr"]], on=keys, suffixes=("", "_baseline"))
-    pairs["gain"] = pairs["psnr"] - pairs["psnr_baseline"]
-    gain = pairs.groupby(["sampler", "seed", "iteration"], observed=True)["gain"].agg(["mean", "size"])
-    gain = gain["mean"].where(gain["size"] == runs["scene"].nunique()).unstack()
-    return _over_seeds(title, gain.reindex(columns=sorted(runs["iteration"].unique())).dropna())
+    psnr = runs.set_index(["sampler", "seed", "scene", "iteration"])["psnr"].unstack("iteration").unstack("scene")
+    is_baseline = psnr.index.get_level_values("sampler") == baseline
+    gain = psnr[~is_baseline].sub(psnr[is_baseline].droplevel("sampler"), level="seed").dropna()
+    return _over_seeds(title, gain.T.groupby(level="iteration").mean().T)
 
 
 def _over_seeds(title: str, values: pd.DataFrame, digits: int = 2) -> Table:
@@ -289,7 +286,7 @@ def plot_pictures(runs: pd.DataFrame, folder: Path) -> Figure | None:
 
 
 def mean_and_spread(values: Iterable[float | None], digits: int = 2) -> str:
-    """Return mean ± standard deviation of the values that are known; the mean alone of a single value.
+    """Return mean ± standard deviation of the values that are not missing; the mean alone of a single value.
 
     >>> mean_and_spread([20.0, 22.0, 24.0])
     '22.00 ± 2.00'

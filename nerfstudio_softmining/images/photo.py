@@ -113,7 +113,7 @@ class Photo:
 
 
 def read(path: Path) -> Photo:
-    """Read a photograph of 8 or 16 bit, or of high dynamic range; grey, RGB or RGBA; turned as its EXIF says.
+    """Read a photograph of 8 or 16 bit, or of high dynamic range; grey, RGB or RGBA; turned by its EXIF.
 
     Raises:
         UserError: if it cannot be used, with the reason.
@@ -123,9 +123,8 @@ def read(path: Path) -> Photo:
     try:
         image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if image is not None and (image.ndim == 2 or image.shape[2] in (1, 3)):
-            image = cv2.imread(
-                str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR
-            )  # turns as EXIF says, and drops alpha
+            # turned by EXIF, without alpha
+            image = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
     except cv2.error as error:
         raise UserError(f"OpenCV cannot read {path}: {error}. Convert it to PNG or JPEG.") from error
     if image is None:
