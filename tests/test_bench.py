@@ -57,6 +57,14 @@ def command(path: Path, data: Path, output: Path) -> list[str]:
     return [*start, str(path), "--data", str(data), "--output", str(output)]
 
 
+def wait_for_evaluations(process: subprocess.Popen, output: Path, count: int) -> None:
+    deadline, file = time.monotonic() + 300, output / "results.json"
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and len(json.loads(file.read_text())["runs"]) >= count:
+            return
+        time.sleep(0.01)
+
+
 def qualities(output: Path) -> dict:
     runs = json.loads((output / "results.json").read_text())["runs"]
     assert len({(run["sampler"], run["seed"], run["iteration"]) for run in runs}) == len(runs)
@@ -71,14 +79,9 @@ def test_a_killed_comparison_goes_on_and_equals_an_uninterrupted_one(data, tmp_p
     expected = qualities(whole)
     assert set(expected) == {(s, seed, at) for s in SMALL["samplers"] for seed in (3, 4) for at in (4, 8)}
 
-    for wanted in (1, 4, 7):  # killed after its first evaluation, in the middle of a run, ...
+    for count in (1, 4, 7):  # killed after its first evaluation, in the middle of a run, ...
         process = subprocess.Popen(command(path, data, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
-            file = broken / "results.json"
-            if file.exists() and len(json.loads(file.read_text())["runs"]) >= wanted:
-                break
-            time.sleep(0.01)
+        wait_for_evaluations(process, broken, count)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert len(qualities(broken)) < len(expected)
@@ -129,12 +132,8 @@ def test_runs_of_one_seed_are_in_turn(data, tmp_path, monkeypatch):
     output = tmp_path / "out"
     bench.run_bench(write_preset(tmp_path, samplers=["uniform", "error-map"]), data, output, {})
     runs = json.loads((output / "results.json").read_text())["runs"]
-    assert [(run["seed"], run["sampler"]) for run in runs[::2]] == [
-        (3, "uniform"),
-        (3, "error-map"),
-        (4, "uniform"),
-        (4, "error-map"),
-    ]
+    order = [(run["seed"], run["sampler"]) for run in runs[::2]]
+    assert order == [(seed, sampler) for seed in (3, 4) for sampler in ("uniform", "error-map")]
 
 
 @pytest.mark.parametrize(
@@ -304,9 +303,7 @@ def test_ctrl_c_keeps_what_is_finished(data, tmp_path):
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (output / "results.json").exists():
-        time.sleep(0.1)
+    wait_for_evaluations(process, output, 1)
     process.send_signal(signal.SIGINT)
     try:
         text = process.communicate(timeout=60)[0].decode()
