@@ -1,4 +1,4 @@
-"""Settings: bounds annotated on their types, and values given as text, as in langevin,drift=0."""
+"""Settings: bounds annotated on their types, and values written as text, as in langevin,drift=0."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ VALUE_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bo
 """What may be given for a setting of a type."""
 
 
-def apply(setting: str, places: Sequence[Any], required: bool, sampler: str) -> None:
-    """Set name=value in every place with a field of that name.
+def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) -> None:
+    """Set name=value in every settings dataclass with a field of that name.
 
     Args:
         setting: the text name=value.
-        places: settings dataclasses, and anything else, which is left alone.
-        required: whether one of them must have the field; settings shared by all samplers may be unknown to some.
+        configs: settings dataclasses; anything else among them is left alone.
+        required: whether one of them must have the field; of settings shared by all samplers, some may have none.
         sampler: the sampler as the user wrote it, for messages.
 
     Raises:
@@ -89,7 +89,7 @@ def apply(setting: str, places: Sequence[Any], required: bool, sampler: str) -> 
     """
     key, equals, text = setting.partition("=")
     key = key.replace("-", "_")
-    owners = [place for place in places if is_dataclass(place) and key in {field.name for field in fields(place)}]
+    owners = [config for config in configs if is_dataclass(config) and key in {field.name for field in fields(config)}]
     if not equals or (required and not owners):
         raise UserError(f"{sampler!r} has {setting!r}: neither the model nor the sampler has a setting {key!r}.")
     for owner in owners:

@@ -10,14 +10,13 @@ CPU cores.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import deque
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import tyro
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -32,38 +31,37 @@ from nerfstudio_softmining.samplers import registry
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 BATCH = 1024
 """Points of a step: a 150th of the photograph's pixels, so that choosing them matters."""
-LAST = 200
-"""Batches that a picture of draws is made of."""
+RECENT_BATCHES = 200
+"""Batches whose draws are shown."""
 OCTAVES = 3
-"""Powers of two, both ways, that the colours stand for."""
+"""Powers of two, both ways, of the colour scale."""
 COMPARED = ("uniform", "langevin", "detail")
 """Samplers whose reconstructions are shown side by side."""
-EARLY = 100
+COMPARED_ITERATIONS = 100
 """Iterations of these."""
 SETTINGS = {"multinomial": "multinomial,refresh=50"}
 """Samplers with settings of their own here: multinomial evaluates too rarely for a short fit."""
 
 
 def fit(photo: Photo, sampler: str, iterations: int) -> Fit:
-    """Train a field on the photograph, and keep its last draws."""
+    """Return a field trained on the photograph, with its last draws."""
     settings = make_settings(SETTINGS.get(sampler, sampler), 0, iterations, FitConfig(batch=BATCH))
     fitted = Fit(photo, settings)
-    fitted.drawn = deque(maxlen=LAST)
+    fitted.drawn = deque(maxlen=RECENT_BATCHES)
     while fitted.iteration < iterations:
         fitted.step()
     return fitted
 
 
-def smaller(photo: Photo, side: int) -> Photo:
-    """Return the photograph with the given number of pixels along its longer side."""
-    scale = side / max(photo.size)
-    size = (round(photo.size[1] * scale), round(photo.size[0] * scale))
-    values = cv2.resize(photo.values.numpy(), size, interpolation=cv2.INTER_AREA)
+def reduce(photo: Photo, side: int) -> Photo:
+    """Return the photograph with at most the given number of pixels along its longer side."""
+    height, width = photos.fit_within(photo.size, side)
+    values = cv2.resize(photo.values.numpy(), (width, height), interpolation=cv2.INTER_AREA)
     return Photo(torch.from_numpy(values), photo.encoding)
 
 
 def density(position: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Estimate the density of draws relative to uniform ones, at every pixel."""
+    """Return the density of draws relative to uniform ones at every pixel, [h, w]."""
     height, width = size
     row, column = position.long().unbind(-1)
     count = torch.bincount(row * width + column, minlength=height * width).view(height, width)
@@ -72,17 +70,11 @@ def density(position: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def heat(density: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """Colour a density over the darkened picture."""
+    """Return the colours of a density over the darkened picture, [h, w, 3] in [0, 1]."""
     octaves = np.log2(np.maximum(density, 2.0**-OCTAVES)).clip(-OCTAVES, OCTAVES)
     colours = colormaps["inferno"]((octaves + OCTAVES) / (2 * OCTAVES))[..., :3]
     grey = picture.mean(axis=-1, keepdims=True)
     return 0.3 * grey + 0.7 * colours
-
-
-def shown(values: Tensor) -> np.ndarray:
-    """Return values as RGB in [0, 1]; transparent parts are white."""
-    colours = photos.shown(values)
-    return np.asarray(colours[..., :3]).clip(0, 1)
 
 
 def write(picture: np.ndarray, name: str) -> None:
@@ -97,21 +89,20 @@ def write(picture: np.ndarray, name: str) -> None:
 
 def compare(photo: Photo, name: str) -> None:
     """Write reconstructions and errors of some samplers after equal and few iterations, and where they drew."""
-    truth = shown(photo.values)
+    truth = photos.to_rgb(photo.values)
     figure = Figure(figsize=(8.0, 8.3), layout="constrained")
     axes = figure.subplots(3, len(COMPARED))
     for column, sampler in zip(axes.T, COMPARED, strict=True):
-        fitted = fit(photo, sampler, EARLY)
-        picture = shown(torch.cat(list(fitted.render(photo.size))))
+        fitted = fit(photo, sampler, COMPARED_ITERATIONS)
+        picture = photos.to_rgb(torch.cat(list(fitted.render(photo.size))))
         column[0].set_title(f"{sampler}: {fitted.psnr():.1f} dB", fontsize=11)
         column[0].imshow(picture)
         column[1].imshow(np.abs(picture - truth).mean(axis=-1), cmap="magma", vmin=0, vmax=0.2)
         column[2].imshow(heat(density(torch.cat(list(fitted.drawn)), photo.size), truth))
-    for axis, text in zip(axes[:, 0], (f"{EARLY} iterations", "error", "draws"), strict=True):
+    for axis, text in zip(axes[:, 0], (f"{COMPARED_ITERATIONS} iterations", "error", "draws"), strict=True):
         axis.set_ylabel(text, fontsize=11)
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
     figure.savefig(PICTURES / f"{name}.jpg", dpi=80, pil_kwargs={"quality": 65})
 
 
@@ -126,23 +117,29 @@ def scale(name: str) -> None:
     figure.savefig(PICTURES / f"{name}.png", dpi=100)
 
 
-def main() -> None:
-    """Make all pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photo", type=Path)
-    parser.add_argument("--side", type=int, default=400, help="pixels along the longer side")
-    parser.add_argument("--iterations", type=int, default=600)
-    parser.add_argument("--samplers", nargs="*", default=list(registry.samplers()))
-    arguments = parser.parse_args()
+def main(
+    photo: tyro.conf.Positional[Path],
+    side: int = 400,
+    iterations: int = 600,
+    samplers: tuple[str, ...] = tuple(registry.samplers()),
+) -> None:
+    """Make all pictures.
+
+    Args:
+        photo: the photograph.
+        side: pixels along its longer side, after it has been reduced.
+        iterations: training steps of each sampler.
+        samplers: samplers with a picture of their own.
+    """
     compat.prepare_cpu()
-    photo = smaller(photos.read(arguments.photo), arguments.side)
-    for sampler in arguments.samplers:
-        fitted = fit(photo, sampler, arguments.iterations)
+    reduced = reduce(photos.read(photo), side)
+    for sampler in samplers:
+        fitted = fit(reduced, sampler, iterations)
         print(f"{sampler}: {fitted.psnr():.2f} dB")
-        write(heat(density(torch.cat(list(fitted.drawn)), photo.size), shown(photo.values)), sampler)
-    compare(photo, "equal_iterations")
+        write(heat(density(torch.cat(list(fitted.drawn)), reduced.size), photos.to_rgb(reduced.values)), sampler)
+    compare(reduced, "equal_iterations")
     scale("scale")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tyro.cli(main, description=__doc__)

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich import box
 from rich.progress import track
-from rich.table import Table
 
+from nerfstudio_softmining.bench.report import make_table
+from nerfstudio_softmining.bench.results import device_name
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
-from nerfstudio_softmining.plugin import compat
 
 STAGES = ("draw", "look up", "encode", "network", "loss", "network back", "encode back", "optimizer", "update")
 WARM_UP = 10
@@ -39,15 +39,15 @@ class Cost:
     photo: tyro.conf.Positional[Path]
     """The photograph."""
     samplers: tuple[str, ...] = ("uniform", "langevin")
-    """Ways of choosing points; the first is what the others are compared with."""
+    """Ways of choosing points; the others are compared with the first."""
     steps: int = 300
     """Steps of each that are timed, after 10 that are not."""
     config: tyro.conf.OmitArgPrefixes[FitConfig] = field(default_factory=lambda: FitConfig(implementation="torch"))
-    """The rest."""
+    """Settings of the fits."""
 
 
 def timed_step(fit: Fit) -> list[float]:
-    """One step of a fit, as `Fit.step`, and the seconds of its stages."""
+    """Take one step of a fit, as `Fit.step` does, and return the seconds of its stages."""
     marks = [_now()]
     batch, position = fit.draw()
     marks.append(_now())
@@ -65,7 +65,7 @@ def timed_step(fit: Fit) -> list[float]:
     marks.append(_now())
     features.backward(leaf.grad)
     marks.append(_now())
-    fit.optimise()
+    fit.optimizer_step()
     marks.append(_now())
     fit.update(batch, position)
     marks.append(_now())
@@ -80,9 +80,7 @@ def _now() -> float:
 
 def main(cost: Cost) -> None:
     """Measure and print."""
-    if not torch.cuda.is_available():
-        compat.prepare_cpu()
-    photo = photos.read(cost.photo).to("cuda" if torch.cuda.is_available() else "cpu")
+    photo = photos.read_for_training(cost.photo)
     total = WARM_UP + cost.steps
     fits = {name: Fit(photo, make_settings(name, 0, total, cost.config)) for name in cost.samplers}
     seconds: dict[str, list[list[float]]] = {name: [] for name in fits}
@@ -90,21 +88,15 @@ def main(cost: Cost) -> None:
         for name, fit in fits.items():
             seconds[name].append(timed_step(fit))
     height, width = photo.size
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(
-        title=f"Mean ms of {cost.steps} steps; {height} x {width} pixels, batch {cost.config.batch:,}; {device}",
-        box=box.MARKDOWN,
-        title_justify="left",
-    )
-    table.add_column("sampler", no_wrap=True, min_width=max(map(len, seconds)))
-    for heading in (*STAGES, "step", "over " + cost.samplers[0]):
-        table.add_column(heading, justify="right")
-    base = None
-    for name, rows in seconds.items():
-        stages = 1000 * np.mean(rows[WARM_UP:], axis=0)  # not medians, as some samplers do work for many steps at once
-        step = stages.sum()
-        base = step if base is None else base
-        table.add_row(name, *(f"{value:.2f}" for value in (*stages, step)), f"{100 * (step / base - 1):+.1f} %")
+    # not medians, as some samplers do work for many steps at once
+    cells = pd.DataFrame({name: 1000 * np.mean(rows[WARM_UP:], axis=0) for name, rows in seconds.items()}, STAGES).T
+    cells["step"] = cells.sum(axis=1)
+    over = 100 * (cells["step"] / cells["step"].iloc[0] - 1)
+    cells = cells.apply(lambda column: column.map("{:.2f}".format)).rename_axis("sampler")
+    cells[f"over {cost.samplers[0]}"] = over.map("{:+.1f} %".format)
+    title = f"Mean ms of {cost.steps} steps; {height} x {width} pixels, batch {cost.config.batch:,}; {device_name()}"
+    table = make_table(title, cells)
+    table.columns[0].min_width = max(map(len, seconds))  # the other columns are cut in a narrow terminal
     CONSOLE.print(table)
 
 

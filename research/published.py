@@ -123,20 +123,20 @@ class WeakPoint:
             pipeline.model._target = self.model_class
 
 
-BY_Q = "langevin,weight_by=importance"
-SMALLER_BATCH = 4096 / 512
-"""The paper's batch over that of the lite methods: by so much larger the drift of a mean loss is there."""
-MENDED = "none (langevin)"
-"""What the others are compared with."""
+WEIGHTED_BY_Q = "langevin,weight_by=importance"
+DRIFT_FACTOR = 4096 / 512
+"""The paper's batch over that of the lite methods: the drift of a mean loss is larger by this factor."""
+REPAIRED = "none (langevin)"
+"""Name of the runs that the others are compared with."""
 WEAK_POINTS: dict[str, WeakPoint] = {
-    MENDED: WeakPoint("langevin"),
+    REPAIRED: WeakPoint("langevin"),
     "fixed images": WeakPoint("langevin", FixedImages),
     "started anew by weighted loss": WeakPoint("langevin", RankedByLoss),
     "isotropic in [0, 1]^2": WeakPoint("langevin", UnitSquare),
-    "weights by Q for all rays": WeakPoint(BY_Q),
-    "the same, clamped": WeakPoint(BY_Q, None, ClampedModel),
-    "drift of a mean loss": WeakPoint(f"langevin,drift={LangevinConfig.drift * SMALLER_BATCH}"),
-    "all but the drift": WeakPoint(BY_Q, AsPublished, ClampedModel),
+    "weights by Q for all rays": WeakPoint(WEIGHTED_BY_Q),
+    "the same, clamped": WeakPoint(WEIGHTED_BY_Q, None, ClampedModel),
+    "drift of a mean loss": WeakPoint(f"langevin,drift={LangevinConfig.drift * DRIFT_FACTOR}"),
+    "all but the drift": WeakPoint(WEIGHTED_BY_Q, AsPublished, ClampedModel),
 }
 """Weak points by name."""
 
@@ -149,7 +149,7 @@ def compare(
     seeds: tuple[int, ...] = (),
     weak_points: tuple[str, ...] = tuple(WEAK_POINTS),
 ) -> bool:
-    """Train with each weak point, and print PSNR; returns whether every run went well.
+    """Train with each weak point and print PSNR; return whether every run went well.
 
     Args:
         preset: preset whose scenes, seeds and evaluations are taken.
@@ -169,11 +169,11 @@ def compare(
         success &= run_bench(preset, data, folder, changes, weak_point.prepare)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         runs += [run | {"sampler": name} for run in results["runs"]]
-    for scene in report.scenes_of(runs):
-        mine = [run for run in runs if run["scene"] == scene]
-        CONSOLE.print(report.quality(mine, "psnr", f"PSNR in dB, {scene}"))
-        if MENDED in weak_points:
-            CONSOLE.print(report.same_seed(mine, MENDED, f"Gain over {MENDED} of the same seed in dB, {scene}"))
+    for scene, scene_runs in report.to_frame(runs).groupby("scene", observed=True):
+        CONSOLE.print(report.quality(scene_runs, "psnr", f"PSNR in dB, {scene}"))
+        if REPAIRED in weak_points:
+            title = f"Gain over {REPAIRED} of the same seed in dB, {scene}"
+            CONSOLE.print(report.gains(scene_runs, REPAIRED, title))
     return success
 
 

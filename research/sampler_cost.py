@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
+from nerfstudio_softmining.bench.report import make_table
+from nerfstudio_softmining.bench.results import device_name
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.samplers.base import MiningBatch
@@ -48,7 +49,7 @@ class Cost:
 
 
 def make_sampler(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[MiningPixelSampler, dict]:
-    """A sampler, and a batch of images for it."""
+    """Return a sampler, and a batch of images for it."""
     config = MiningPixelSamplerConfig(kind=kind, num_rays_per_batch=cost.rays)  # type: ignore[arg-type]
     config.multinomial.refresh = 1 << 30
     sampler = MiningPixelSampler(config, num_images, lambda indices: torch.ones(len(indices), device=cost.device))
@@ -60,7 +61,7 @@ def make_sampler(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple
 
 
 def make_feedback(mining: MiningBatch) -> MiningBatch:
-    """What a training step would say."""
+    """Return a batch with made-up results of a training step."""
     count, device = len(mining.indices), mining.indices.device
     mining.importance = torch.rand(count, device=device)
     mining.error = mining.weighted_error = mining.importance.square().requires_grad_()
@@ -71,7 +72,7 @@ def make_feedback(mining: MiningBatch) -> MiningBatch:
 
 
 def memory(thing: Any, found: dict[int, int] | None = None) -> int:
-    """Count the bytes of all tensors that a sampler holds, but for the images."""
+    """Return the bytes of all tensors that a sampler holds, except the images."""
     found = {} if found is None else found
     if isinstance(thing, Tensor):
         found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
@@ -93,7 +94,7 @@ def synchronize(device: str) -> None:
 
 
 def count_waits(sampler: MiningPixelSampler, batch: dict, device: str) -> str:
-    """How often a step waits for the device, on CUDA."""
+    """Return how often a step waits for the device, on CUDA."""
     if not device.startswith("cuda"):
         return "-"
     torch.cuda.set_sync_debug_mode("warn")
@@ -107,7 +108,7 @@ def count_waits(sampler: MiningPixelSampler, batch: dict, device: str) -> str:
 
 
 def measure(cost: Cost, kind: str, num_images: int, image: Tensor) -> tuple[str, ...]:
-    """Seconds of set-up, milliseconds of a median and of the mean step, bytes per training pixel, and waits."""
+    """Return seconds of set-up, ms of the median and the mean step, bytes per training pixel, and waits."""
     sampler, batch = make_sampler(cost, kind, num_images, image)
     durations, start = [], time.perf_counter()
     sampler.sample(batch)
@@ -136,19 +137,16 @@ def main(cost: Cost) -> None:
         compat.prepare_cpu()
     torch.manual_seed(0)
     image = torch.rand(1, *cost.size, 3, device=cost.device)
-    where = (
-        torch.cuda.get_device_name() if cost.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    )
-    out = Table(title=f"{where}: images of {cost.size[0]} x {cost.size[1]}, {cost.rays} rays a step", box=box.MARKDOWN)
-    for heading in ("sampler", "images", "set-up, s", "median step, ms", "mean step, ms", "bytes a pixel", "waits"):
-        out.add_column(heading, justify="left" if heading == "sampler" else "right")
+    rows = []
     for kind in cost.kinds:
         for num_images in cost.images:
             with CONSOLE.status(f"{kind}, {num_images} images"):
                 row = (kind, f"{num_images:,}", *measure(cost, kind, num_images, image))
-            out.add_row(*row)
+            rows.append(row)
             CONSOLE.print("  ".join(row))  # the table comes at the end, and that may be far
-    CONSOLE.print(out)
+    headings = ["sampler", "images", "set-up, s", "median step, ms", "mean step, ms", "bytes a pixel", "waits"]
+    title = f"{device_name(cost.device)}: images of {cost.size[0]} x {cost.size[1]}, {cost.rays} rays a step"
+    CONSOLE.print(make_table(title, pd.DataFrame(rows, columns=headings).set_index("sampler")))
 
 
 if __name__ == "__main__":

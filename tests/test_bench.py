@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from nerfstudio_softmining.bench import bench, meter, preset, report, training
 from nerfstudio_softmining.demo.scene import write_scene
@@ -54,6 +57,14 @@ def command(path: Path, data: Path, output: Path) -> list[str]:
     return [*start, str(path), "--data", str(data), "--output", str(output)]
 
 
+def wait_for_evaluations(process: subprocess.Popen, output: Path, count: int) -> None:
+    deadline, file = time.monotonic() + 300, output / "results.json"
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and len(json.loads(file.read_text())["runs"]) >= count:
+            return
+        time.sleep(0.01)
+
+
 def qualities(output: Path) -> dict:
     runs = json.loads((output / "results.json").read_text())["runs"]
     assert len({(run["sampler"], run["seed"], run["iteration"]) for run in runs}) == len(runs)
@@ -68,14 +79,9 @@ def test_a_killed_comparison_goes_on_and_equals_an_uninterrupted_one(data, tmp_p
     expected = qualities(whole)
     assert set(expected) == {(s, seed, at) for s in SMALL["samplers"] for seed in (3, 4) for at in (4, 8)}
 
-    for wanted in (1, 4, 7):  # killed after its first evaluation, in the middle of a run, ...
+    for count in (1, 4, 7):  # killed after its first evaluation, in the middle of a run, ...
         process = subprocess.Popen(command(path, data, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
-            file = broken / "results.json"
-            if file.exists() and len(json.loads(file.read_text())["runs"]) >= wanted:
-                break
-            time.sleep(0.01)
+        wait_for_evaluations(process, broken, count)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert len(qualities(broken)) < len(expected)
@@ -96,12 +102,12 @@ def test_a_killed_comparison_goes_on_and_equals_an_uninterrupted_one(data, tmp_p
     assert (whole / "results.json").read_text() == before and "PSNR in dB" in finished.stdout
 
 
-def fake_training(run: training.Run, evaluated, advance) -> None:
+def fake_training(run: training.Run, on_evaluation, on_step) -> None:
     if run.config.experiment_name == "edge":
         raise RuntimeError("out of memory")
     for at in run.at:
         seconds = {"seconds": 1.0, "seconds_per_step": 0.1, "rays_per_second": 10, "peak_memory": 1}
-        evaluated({"iteration": at, "psnr": 20.0 + at, "ssim": 0.5, "lpips": None, **seconds})
+        on_evaluation({"iteration": at, "psnr": 20.0 + at, "ssim": 0.5, "lpips": None, **seconds})
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(data, tmp_path, monkeypatch):
@@ -110,7 +116,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(data, tmp_path, monke
     assert not bench.run_bench(path, data, output, {})
     assert {key[0] for key in qualities(output)} == {"uniform"}
     assert "scene, edge, seed 3: RuntimeError: out of memory" in (output / "report.md").read_text()
-    monkeypatch.setattr(bench, "train", lambda run, *told: fake_training(replace_name(run), *told))
+    monkeypatch.setattr(bench, "train", lambda run, *callbacks: fake_training(replace_name(run), *callbacks))
     assert bench.run_bench(path, data, output, {})
     assert {key[0] for key in qualities(output)} == {"uniform", "edge"}
     assert "out of memory" not in (output / "report.md").read_text()
@@ -126,12 +132,8 @@ def test_runs_of_one_seed_are_in_turn(data, tmp_path, monkeypatch):
     output = tmp_path / "out"
     bench.run_bench(write_preset(tmp_path, samplers=["uniform", "error-map"]), data, output, {})
     runs = json.loads((output / "results.json").read_text())["runs"]
-    assert [(run["seed"], run["sampler"]) for run in runs[::2]] == [
-        (3, "uniform"),
-        (3, "error-map"),
-        (4, "uniform"),
-        (4, "error-map"),
-    ]
+    order = [(run["seed"], run["sampler"]) for run in runs[::2]]
+    assert order == [(seed, sampler) for seed in (3, 4) for sampler in ("uniform", "error-map")]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,6 @@ def test_every_preset_can_be_run(path, tmp_path):
             config = preset.trainer_config(scene, sampler, 7, tmp_path, tmp_path)
             assert config.machine.seed == 7 and config.data == tmp_path / scene.path
     assert comparison.paper is None or (comparison.folder / comparison.paper).is_file()
-    assert report.with_paper(comparison, []) is None or comparison.paper
 
 
 def test_settings_reach_their_place(tmp_path):
@@ -204,19 +205,16 @@ def test_settings_reach_their_place(tmp_path):
     assert (weighted.datamanager.pixel_sampler.kind, weighted.model.weight_by) == ("uniform", "importance")
 
 
-CURVES = st.lists(st.floats(10, 40), min_size=1, max_size=6)
-
-
-@given(CURVES, st.floats(5, 45))
+@given(st.lists(st.floats(10, 40), min_size=1, max_size=6), st.floats(5, 45))
 def test_a_level_is_reached_where_the_curve_first_crosses_it(values, level):
-    curve = [(100 * (n + 1), value) for n, value in enumerate(values)]
+    curve = pd.Series(values, index=[100 * (n + 1) for n in range(len(values))])
     place = report.crossing(curve, level)
-    if place is None:
+    if math.isnan(place):
         assert max(values) < level
         return
-    later = [x for x, value in curve if value >= level]
-    assert later[0] - 100 < place <= later[0] or place == 100 == later[0]
-    assert all(value < level for x, value in curve if x < place)
+    first = curve.index[curve >= level][0]
+    assert first - 100 < place <= first or place == 100 == first
+    assert (curve[curve.index < place] < level).all()
 
 
 def entry(sampler: str, seed: int, iteration: int, psnr: float) -> dict:
@@ -224,48 +222,52 @@ def entry(sampler: str, seed: int, iteration: int, psnr: float) -> dict:
     return {"scene": "s", "sampler": sampler, "seed": seed, "iteration": iteration, "psnr": psnr, "ssim": 0.5, **times}
 
 
-def rendered(table) -> str:
-    from rich.console import Console
-
+def lines_of(table) -> dict[str, str]:
+    """The lines of a table by the name in their first column."""
     console = Console(width=200)
     with console.capture() as capture:
         console.print(table)
-    return capture.get()
+    return {line.split("|")[1].strip(): line for line in capture.get().splitlines() if line.startswith("|")}
 
 
 def test_what_is_not_reached_is_said():
     runs = [entry("uniform", seed, at, psnr) for seed in (0, 1) for at, psnr in ((100, 20.0), (200, 22.0))]
     runs += [entry("edge", 0, 100, 21.0), entry("edge", 0, 200, 23.0), entry("edge", 1, 100, 19.0)]
     runs += [entry("edge", 1, 200, 20.0)]  # 20.0 and 21.5 on the mean
-    text = rendered(report.iterations((20.5, 22.0, 30.0), runs))
-    uniform, edge = (next(line for line in text.splitlines() if name in line) for name in ("| uniform", "| edge"))
+    runs = report.to_frame(runs)
+    lines = lines_of(report.iterations((20.5, 22.0, 30.0), runs))
+    uniform, edge = lines["uniform"], lines["edge"]
     assert "125 (1.00x)" in uniform and "200 (1.00x)" in uniform and uniform.count("not reached") == 1
     assert "133 (0.94x)" in edge and edge.count("not reached") == 2
-    own = rendered(report.iterations((), runs))
-    assert "20.00 dB" in own and "22.00 dB" in own and "at most 100" in own and "200 (1.00x)" in own
+    lines = lines_of(report.iterations((), runs))
+    assert "20.00 dB" in lines["sampler"] and "22.00 dB" in lines["sampler"]
+    assert "at most 100" in lines["uniform"] and "200 (1.00x)" in lines["uniform"]
 
 
 def test_gains_over_all_scenes_are_those_over_the_same_seed_where_all_scenes_have_it():
-    runs = [
-        {**entry(sampler, seed, at, 20.0 + seed + gain * number), "scene": scene}
-        for scene, number in (("a", 1), ("b", 3))
-        for sampler, gain in (("uniform", 0.0), ("edge", 0.5), ("error-map", 1.0))
-        for seed in (0, 1)
-        for at in (100, 200)
-        if (sampler, seed, at, scene) != ("error-map", 1, 200, "b")
-    ]
-    text = rendered(report.gains(runs))
-    edge, mapped = (next(line for line in text.splitlines() if name in line) for name in ("| edge", "| error-map"))
-    assert edge.split("|")[2:5] == ["     2 ", " 1.00 ± 0.00 ", " 1.00 ± 0.00 "]
-    assert mapped.count("2.00") == 2 and "±" not in mapped and "| uniform" not in text
-    alone = [run for run in runs if run["scene"] == "a"]
-    assert report.gains(alone) is None
-    text = rendered(report.same_seed(alone, "edge", "Gain"))
-    uniform, mapped = (
-        next(line for line in text.splitlines() if f"| {name}" in line) for name in ("uniform", "error-map")
+    runs = report.to_frame(
+        [
+            {**entry(sampler, seed, at, 20.0 + seed + gain * number), "scene": scene}
+            for scene, number in (("a", 1), ("b", 3))
+            for sampler, gain in (("uniform", 0.0), ("edge", 0.5), ("error-map", 1.0))
+            for seed in (0, 1)
+            for at in (100, 200)
+            if (sampler, seed, at, scene) != ("error-map", 1, 200, "b")
+        ]
     )
-    assert uniform.count("-0.50 ± 0.00") == 2 and mapped.count("0.50 ± 0.00") == 2 and "| edge" not in text
+    lines = lines_of(report.gains(runs, "uniform", "Gain"))
+    assert lines["edge"].split("|")[2:5] == ["     2 ", " 1.00 ± 0.00 ", " 1.00 ± 0.00 "]
+    assert lines["error-map"].count("2.00") == 2 and "±" not in lines["error-map"] and "uniform" not in lines
+    alone = runs[runs["scene"] == "a"]
+    lines = lines_of(report.gains(alone, "edge", "Gain"))
+    assert lines["uniform"].count("-0.50 ± 0.00") == 2 and "edge" not in lines
+    assert lines["error-map"].count("0.50 ± 0.00") == 2
     assert any("Gain over uniform" in str(table.title) for table in report.tables((), alone))
+    assert (
+        lines_of(report.gains(alone[alone["sampler"] == "uniform"], "uniform", "Gain"))
+        .keys()
+        .isdisjoint(SMALL["samplers"])
+    )
 
 
 def test_means_and_spreads_are_those_of_the_seeds():
@@ -276,9 +278,9 @@ def test_means_and_spreads_are_those_of_the_seeds():
 def test_the_papers_figures_stand_beside_ours():
     comparison = preset.read(next(path for path in CONFIGS if path.stem == "table1"))
     runs = [entry(sampler, 0, 1000, psnr) for sampler, psnr in (("uniform", 26.0), ("langevin", 27.5))]
-    runs = [{**run, "scene": "nerf_synthetic/lego"} for run in runs]
-    text = rendered(report.with_paper(comparison, runs))
-    assert "27.50 (+1.50)" in text and "29.58 (+2.54)" in text  # table 1 of the paper
+    runs = report.to_frame([{**run, "scene": "nerf_synthetic/lego"} for run in runs])
+    line = lines_of(report.with_paper(comparison.folder / comparison.paper, runs))["lego"]  # the last one
+    assert "27.50 (+1.50)" in line and "29.58 (+2.54)" in line  # table 1 of the paper
 
 
 def test_evaluation_is_not_counted_as_training(monkeypatch):
@@ -301,9 +303,7 @@ def test_ctrl_c_keeps_what_is_finished(data, tmp_path):
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (output / "results.json").exists():
-        time.sleep(0.1)
+    wait_for_evaluations(process, output, 1)
     process.send_signal(signal.SIGINT)
     try:
         text = process.communicate(timeout=60)[0].decode()

@@ -248,11 +248,11 @@ def test_a_constant_light_can_be_read_and_got_back(value, tmp_path):
 
 
 def test_pictures_show_grey_as_three_and_leave_alpha_out():
-    grey = photos.shown(make_photo(channels=1).values)
+    grey = photos.to_rgb(make_photo(channels=1).values)
     assert grey.shape == (24, 40, 3) and (grey == grey[..., :1]).all()
     colours = make_photo(channels=4).values
-    assert np.array_equal(photos.shown(colours), colours[..., :3].numpy())
-    assert photos.shown(torch.tensor([[[2.0, -1.0, 0.5]]])).tolist() == [[[1, 0, 0.5]]]
+    assert np.array_equal(photos.to_rgb(colours), colours[..., :3].numpy())
+    assert photos.to_rgb(torch.tensor([[[2.0, -1.0, 0.5]]])).tolist() == [[[1, 0, 0.5]]]
 
 
 def spoilt(value: float) -> NDArray[np.float32]:

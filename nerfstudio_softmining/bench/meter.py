@@ -14,7 +14,7 @@ class Meter:
     """Time of training, without that of evaluation, and memory.
 
     Args:
-        before: seconds that the run has been trained for already.
+        before: seconds of training before the run was resumed.
     """
 
     def __init__(self, before: float) -> None:
@@ -37,11 +37,15 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Time of training so far."""
+        """Return the time of training so far."""
         return self.before + sum(self.durations)
 
     def read(self, rays: int) -> dict[str, float | int]:
-        """What an entry says of time and memory."""
+        """Return time in seconds, and peak memory in bytes, as an evaluation records them.
+
+        Args:
+            rays: rays of a step.
+        """
         step = float(np.median(self.durations)) if self.durations else math.nan
         return {
             "seconds": round(self.seconds, 3),

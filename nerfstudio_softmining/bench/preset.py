@@ -1,4 +1,4 @@
-"""What a comparison is of: scenes, samplers, seeds, and when to look. A file in configs/."""
+"""Presets, the files in configs/: which scenes, samplers and seeds are compared, and when they are evaluated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from nerfstudio.configs.dataparser_configs import all_dataparsers
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 
@@ -41,7 +42,7 @@ class Preset:
     """A comparison."""
 
     title: str
-    """What it asks, in a line."""
+    """The question of the comparison, in a line."""
     scenes: tuple[Scene, ...]
     """Scenes to train on."""
     samplers: tuple[str, ...]
@@ -52,7 +53,7 @@ class Preset:
     at: tuple[int, ...] = (250, 500, 1000)
     """Iterations at which the held-out views are rendered; the last ends a run."""
     targets: tuple[float, ...] = ()
-    """PSNRs in dB to tell the iterations to; if empty, uniform's own at each of `at`."""
+    """PSNRs in dB to which iterations are counted; if empty, uniform's own at each of `at`."""
     paper: str | None = None
     """CSV file beside the preset with the paper's figures."""
     folder: Path = field(default=Path("."), compare=False)
@@ -63,7 +64,7 @@ def read(path: Path) -> Preset:
     """Read a preset.
 
     Raises:
-        UserError: if the file is missing or has what a preset has not.
+        UserError: if the file is missing or is not a preset.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file. Name a preset, such as configs/lite.yaml.")
@@ -72,8 +73,8 @@ def read(path: Path) -> Preset:
         scenes = tuple(Scene(**_tuples(scene)) for scene in values.pop("scenes"))
         return Preset(scenes=scenes, folder=path.parent, **_tuples(values))
     except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        known = ", ".join(f.name for f in dataclasses.fields(Preset) if f.name != "folder")
-        raise UserError(f"{path} is not a preset ({error}). It has the keys {known}; see configs/lite.yaml.") from error
+        keys = ", ".join(field.name for field in dataclasses.fields(Preset) if field.name != "folder")
+        raise UserError(f"{path} is not a preset ({error}). It has the keys {keys}; see configs/lite.yaml.") from error
 
 
 def _tuples(values: dict) -> dict:
@@ -81,57 +82,54 @@ def _tuples(values: dict) -> dict:
 
 
 def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Path) -> TrainerConfig:
-    """The settings of one run.
+    """Return the settings of one run.
 
     Args:
-        scene: what to train on, and by which method.
+        scene: scene to train on, and its method.
         sampler: name of the sampler or of another method, and settings of its own after commas.
         seed: seed of the run.
         data: folder that the scene's folder is in.
         output: folder for checkpoints and logs.
 
     Raises:
-        UserError: if the sampler, the method or a setting is not known.
+        UserError: if there is no such sampler, method or setting.
     """
-    known = registry.samplers(scenes=True)
-    name, own = registry.parse(sampler)
-    is_peer = name not in known
-    method = name if is_peer else scene.method
+    specs = registry.samplers(scenes=True)
+    name, sampler_settings = registry.parse(sampler)
+    is_sampler = name in specs
+    method = scene.method if is_sampler else name
     if method not in all_methods:
-        names = ", ".join((*known, *registry.ALIASES))
+        names = ", ".join((*specs, *registry.ALIASES))
         raise UserError(f"{method!r} is neither a sampler ({names}) nor an installed nerfstudio method.")
     config: TrainerConfig = deepcopy(all_methods[method])  # type: ignore[assignment]
-    pipeline: Any = config.pipeline
-    if not is_peer and not hasattr(pipeline.datamanager.pixel_sampler, "kind"):
-        raise UserError(f"the sampler of {method} cannot be chosen. Name a softmining method for {scene.path}.")
+    model, manager = config.pipeline.model, cast(Any, config.pipeline.datamanager)
+    configs = [model, manager, getattr(manager, "pixel_sampler", None)]
+    if is_sampler:
+        if not hasattr(manager.pixel_sampler, "kind"):
+            raise UserError(f"the sampler of {method} cannot be chosen. Name a softmining method for {scene.path}.")
+        manager.pixel_sampler.kind = name
+        configs.append(manager.pixel_sampler.config_for(name))
     if scene.dataparser is not None:
-        pipeline.datamanager.dataparser = _dataparser(scene.dataparser)
-    elif is_peer:
-        pipeline.datamanager.dataparser = deepcopy(all_methods[scene.method].pipeline.datamanager.dataparser)
-    config.data = pipeline.datamanager.data = data / scene.path
-    pipeline.datamanager.camera_res_scale_factor = scene.image_scale
+        manager.dataparser = _dataparser(scene.dataparser)
+    elif not is_sampler:
+        manager.dataparser = deepcopy(cast(Any, all_methods[scene.method]).pipeline.datamanager.dataparser)
+    config.data = manager.data = data / scene.path
+    manager.camera_res_scale_factor = scene.image_scale
     config.output_dir = output / scene.path.replace("/", "_")
     config.experiment_name, config.timestamp = sampler, str(seed)
     config.machine.seed, config.machine.device_type = seed, compat.device_type()
     config.vis = "tensorboard"
-    if not is_peer:
-        pipeline.datamanager.pixel_sampler.kind = name
-    places = [pipeline.model, pipeline.datamanager, getattr(pipeline.datamanager, "pixel_sampler", None)]
-    if not is_peer:
-        places.append(pipeline.datamanager.pixel_sampler.config_for(name))
-    for setting in (*scene.set, *own):
-        apply(setting, places, required=setting in own, sampler=sampler)
-    for place in places:
-        if hasattr(place, "__post_init__"):
-            place.__post_init__()  # refuses what makes no sense
+    for setting in (*scene.set, *sampler_settings):
+        apply(setting, configs, required=setting in sampler_settings, sampler=sampler)
+    for part in configs:
+        if hasattr(part, "__post_init__"):
+            part.__post_init__()  # checks the values
     return config
 
 
 def _dataparser(name: str) -> Any:
-    """A dataparser by its name on the command line."""
-    from nerfstudio.configs.dataparser_configs import all_dataparsers
-
-    known = {key.removesuffix("-data"): value for key, value in all_dataparsers.items()}
-    if name.removesuffix("-data") not in known:
+    """Return the settings of a dataparser by its name on the command line."""
+    dataparsers = {key.removesuffix("-data"): value for key, value in all_dataparsers.items()}
+    if name.removesuffix("-data") not in dataparsers:
         raise UserError(f"--dataparser is {name!r}: known are {', '.join(sorted(all_dataparsers))}.")
-    return deepcopy(known[name.removesuffix("-data")])
+    return deepcopy(dataparsers[name.removesuffix("-data")])

@@ -1,26 +1,33 @@
-"""results.json: what a comparison has measured."""
+"""results.json, and what else `softmining bench` and `softmining image` share."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nerfstudio_softmining.errors import UserError
 
 
 class Results:
-    """results.json: what has been run, safe at every moment.
+    """Evaluations and failures of runs, in results.json after every change.
 
     Args:
-        output: folder that it is in.
+        output: folder that results.json is in.
         at: iterations at which runs are evaluated.
-        scenes: the settings of each scene; results of the same scenes with other settings are refused.
-        may_grow: whether runs can be gone on with, to more evaluations after those that there are.
+        scenes: settings of each scene; results of the same scenes with other settings are refused.
+        may_grow: whether finished runs can go on to more evaluations.
+
+    Raises:
+        UserError: if the folder cannot be used, or has results with other settings.
     """
 
     def __init__(self, output: Path, at: Sequence[int], scenes: dict[str, dict], may_grow: bool = False) -> None:
@@ -30,7 +37,7 @@ class Results:
             self.content: dict = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"--output is {output}, which cannot be used ({error}). Name another folder.") from error
-        if not self.content.get("runs"):  # failures alone bind nobody
+        if not self.content.get("runs"):  # a folder with nothing but failures can be used with any settings
             self.content = {}
         settings = json.loads(json.dumps({"at": at, "scenes": scenes}))
         before = self.content.setdefault("settings", settings)
@@ -44,33 +51,60 @@ class Results:
         before["scenes"].update(settings["scenes"])
         self.content["versions"] = {name: version(name) for name in ("nerfstudio-softmining", "nerfstudio", "torch")}
         self.content["versions"]["python"] = platform.python_version()
-        self.content["device"] = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        )
+        self.content["device"] = device_name()
         self.content.setdefault("runs", [])
         self.content.setdefault("failures", {})
 
     def entries(self, scene: str, sampler: str, seed: int) -> list[dict]:
-        """Evaluations of one run."""
+        """Return the evaluations of one run."""
         key = (scene, sampler, seed)
         return [entry for entry in self.content["runs"] if (entry["scene"], entry["sampler"], entry["seed"]) == key]
 
     def add(self, scene: str, sampler: str, seed: int, entry: dict) -> None:
-        """Keep an evaluation."""
+        """Add an evaluation."""
         self.content["runs"].append({"scene": scene, "sampler": sampler, "seed": seed, **entry})
         self._write()
 
-    def failed(self, name: str, reason: str) -> None:
-        """Keep why a run failed."""
-        self.content["failures"][name] = reason
-        self._write()
-
-    def succeeded(self, name: str) -> None:
-        """Forget that a run failed before."""
-        if self.content["failures"].pop(name, None) is not None:
+    @contextlib.contextmanager
+    def recording_failure(self, name: str) -> Iterator[None]:
+        """Record and print an error of a run instead of raising it, so that the other runs can still be made."""
+        failures = self.content["failures"]
+        try:
+            yield
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+            CONSOLE.print(f"{name} failed: {failures[name]}", style="red", markup=False, highlight=False)
             self._write()
+        else:
+            if failures.pop(name, None) is not None:
+                self._write()
 
     def _write(self) -> None:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
         part.replace(self.path)
+
+
+def device_name(device: str | None = None) -> str:
+    """Return the name of the GPU, or the number of threads on the CPU; of the GPU if there is one by default."""
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+
+
+def make_progress(transient: bool = False) -> Progress:
+    """Return progress bars with counts and remaining times, which disappear in the end if `transient`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=CONSOLE, transient=transient)
+
+
+def check_flags(at: Sequence[int], **lists: Sequence[Any]) -> None:
+    """Check the iterations of evaluations and other lists given as flags.
+
+    Raises:
+        UserError: if iterations do not rise, or another list is empty or has a value twice.
+    """
+    if not at or sorted(set(at)) != list(at) or at[0] < 1:
+        raise UserError(f"--at is {list(at)}: it is iterations in rising order, such as 500 1000 2000.")
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"--{name} is {list(values)}: name at least one, and each once.")

@@ -1,4 +1,4 @@
-"""One run of a comparison: trained by nerfstudio's trainer, evaluated now and then, and gone on with after a kill."""
+"""Training of one run by nerfstudio's trainer, with evaluations between steps; it resumes after a crash."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.scripts.train import _set_random_seed
-from torch import Tensor
 
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.images.photo import write_bytes
 from nerfstudio_softmining.plugin import compat
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -27,27 +26,27 @@ METRICS = ("psnr", "ssim", "lpips")
 
 @dataclass
 class Run:
-    """A run, and what is known of it."""
+    """A run, and its evaluations so far."""
 
     config: TrainerConfig
-    """Its settings; checkpoints go where they say."""
+    """Settings, which also name the folder of checkpoints."""
     at: tuple[int, ...]
-    """Iterations at which it is evaluated."""
+    """Iterations of evaluations."""
     views: tuple[int, ...]
-    """Held-out views that are rendered; all if empty."""
+    """Held-out views to render; all if empty."""
     entries: list[dict]
-    """What its evaluations gave; those made before it was cut off are here from the start."""
+    """Evaluations that are finished already; `train` does not make them again."""
     pictures: Path | None = None
-    """Folder for renders of the first view, if they are wanted."""
+    """Folder for renders of the first view; none are written if None."""
 
 
-def train(run: Run, evaluated: Callable[[dict], None], advance: Callable[[int], None]) -> None:
+def train(run: Run, on_evaluation: Callable[[dict], None], on_step: Callable[[int], None]) -> None:
     """Train from the last checkpoint to the last evaluation.
 
     Args:
         run: the run.
-        evaluated: called with each new entry, once it can be gone on from.
-        advance: called with the number of iterations done.
+        on_evaluation: called with each new evaluation.
+        on_step: called with the number of finished iterations after each.
     """
     checkpoints = run.config.get_base_dir() / "nerfstudio_models"
     if not run.entries:
@@ -55,7 +54,7 @@ def train(run: Run, evaluated: Callable[[dict], None], advance: Callable[[int], 
     trainer = _set_up(run.config, checkpoints)
     start = trainer._start_step
     meter = Meter(next((entry["seconds"] for entry in run.entries if entry["iteration"] == start), 0.0))
-    advance(start)
+    on_step(start)
     for step in range(start, run.at[-1]):
         with meter:
             trainer.pipeline.train()
@@ -65,22 +64,22 @@ def train(run: Run, evaluated: Callable[[dict], None], advance: Callable[[int], 
             for callback in trainer.callbacks:
                 callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
         iteration = step + 1
-        advance(iteration)
+        on_step(iteration)
         if iteration not in run.at:
             continue
         if all(entry["iteration"] != iteration for entry in run.entries):
-            picture = None if run.pictures is None else run.pictures / f"{iteration}.png"
+            picture = run.pictures and run.pictures / f"{iteration}.png"
             with compat.fork_random_state(trainer.device):
                 metrics = evaluate(trainer, run.views, picture)
             rays = trainer.pipeline.datamanager.get_train_rays_per_batch()
-            evaluated({"iteration": iteration, **metrics, **meter.read(rays)})
+            on_evaluation({"iteration": iteration, **metrics, **meter.read(rays)})
         if iteration < run.at[-1]:
-            trainer.save_checkpoint(step)  # after its entry is safe, so that no time is lost between the two
-    shutil.rmtree(checkpoints, ignore_errors=True)  # some hundred megabytes, and done with
+            trainer.save_checkpoint(step)  # after its evaluation is written, which has the seconds until then
+    shutil.rmtree(checkpoints, ignore_errors=True)  # some hundred megabytes that nothing reads any more
 
 
 def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
-    """A trainer that goes on from the last checkpoint, or from the start where there is none that can be read."""
+    """Return a trainer, resumed from the last checkpoint if there is one that can be read."""
     config.load_dir = checkpoints if any(checkpoints.glob("*.ckpt")) else None
     _set_random_seed(config.machine.seed)
     with compat.lazy_lpips():
@@ -90,17 +89,17 @@ def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             if config.load_dir is None:
                 raise
-            shutil.rmtree(checkpoints)  # cut off while it was written
+            shutil.rmtree(checkpoints)  # the process was killed while it wrote one
             return _set_up(config, checkpoints)
     return trainer
 
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = None) -> dict[str, float | None]:
-    """Mean metrics over held-out views; None where one cannot be had.
+    """Return mean metrics over held-out views; None for a metric that the model does not have.
 
     Args:
-        trainer: what is evaluated.
+        trainer: trainer of the model.
         views: held-out views by their number; all if empty.
         picture: file for the first view's truth and render, side by side.
 
@@ -120,14 +119,7 @@ def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = No
         metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
         rows.append(metrics)
         if picture is not None and not picture.exists():
-            write_picture(images["img"], picture)
+            write_bytes(255 * images["img"].clamp(0, 1).cpu().numpy(), picture)
     pipeline.train()
     means = {key: float(np.mean([row.get(key, math.nan) for row in rows])) for key in METRICS}
     return {key: None if math.isnan(value) else round(value, 4) for key, value in means.items()}
-
-
-def write_picture(image: Tensor, path: Path) -> None:
-    """Write colours in [0, 1] as a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    cv2.imwrite(str(path), np.ascontiguousarray(pixels[..., ::-1]))

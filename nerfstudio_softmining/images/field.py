@@ -14,9 +14,9 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.plugin import compat
 
-PRIME = -1640531535
+HASH_PRIME = -1640531535
 """2654435761 of the spatial hash, as a 32-bit integer."""
-SPREAD = 1e-4
+INITIAL_RANGE = 1e-4
 """Entries start uniform between minus and plus this."""
 
 
@@ -29,9 +29,9 @@ class _Interpolation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor, down: Tensor, across: Tensor) -> Tensor:
-        """Interpolate features [features, levels, n] of a table [features, entries] between corners [4, levels, n].
+        """Return features [features, levels, n] interpolated between corners of cells.
 
-        Corners come in the order top left, top right, bottom left, bottom right.
+        The table is [features, entries]. Corners are [4, levels, n]: top left, top right, bottom left, bottom right.
         """
         flat = index.view(1, -1).expand(len(table), -1)
         entries = table.gather(1, flat).view(len(table), *index.shape)
@@ -93,24 +93,24 @@ class HashGrid(nn.Module):
         self.register_buffer("stride", torch.tensor(resolutions, dtype=torch.int32)[:, None] + 2, persistent=False)
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).int()
         self.register_buffer("start", starts[:, None], persistent=False)
-        self.table = nn.Parameter(torch.empty(features, sum(sizes)).uniform_(-SPREAD, SPREAD))
+        self.table = nn.Parameter(torch.empty(features, sum(sizes)).uniform_(-INITIAL_RANGE, INITIAL_RANGE))
         self.num_features = levels * features
 
     def forward(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n f"]:
-        """Features of points in [0, 1]^2, bilinear within the cells of each level."""
+        """Return the features of points (row, column) in [0, 1]^2, bilinear within the cells of each level."""
         row, column = points[:, 0] * self.resolution, points[:, 1] * self.resolution  # [levels, n]
         top, left = row.detach().int(), column.detach().int()
         features = _Interpolation.apply(self.table, self._corners(top, left), row - top, column - left)
         return features.reshape(self.num_features, -1).t()  # pyright: ignore[reportOptionalMemberAccess]
 
     def _corners(self, top: Tensor, left: Tensor) -> Tensor:
-        """Entries [4, levels, n] of the corners of cells; 64-bit, as torch's gather asks for."""
+        """Return the indices [4, levels, n] of the corners of cells; 64-bit, as torch's gather needs."""
         direct = top[: self.num_direct] * self.stride[: self.num_direct] + left[: self.num_direct]
         below = direct + self.stride[: self.num_direct]
         corners = torch.stack((direct, direct + 1, below, below + 1))
         if self.num_direct < len(self.stride):
             top, left = top[self.num_direct :], left[self.num_direct :]
-            first, second, bottom = left * PRIME, left * PRIME + PRIME, top + 1
+            first, second, bottom = left * HASH_PRIME, left * HASH_PRIME + HASH_PRIME, top + 1
             hashed = torch.stack((top ^ first, top ^ second, bottom ^ first, bottom ^ second)) & self.mask
             corners = torch.cat((corners, hashed), dim=1)
         return (corners + self.start).long()
@@ -122,11 +122,11 @@ class Field(nn.Module):
     Args:
         config: the settings.
         size: height and width of the photograph in pixels.
-        channels: of its values.
-        device: where it is to be.
+        channels: channels of the photograph.
+        device: device of the field.
 
     Raises:
-        UserError: if tiny-cuda-nn is asked for and cannot be had.
+        UserError: if tiny-cuda-nn is chosen and cannot be used.
     """
 
     def __init__(self, config: FitConfig, size: tuple[int, int], channels: int, device: torch.device) -> None:
@@ -136,7 +136,7 @@ class Field(nn.Module):
         if self.implementation == "tcnn":
             if compat.implementation() != "tcnn":
                 raise UserError(
-                    "--implementation is tcnn, which is not installed or has no GPU here (`softmining doctor` tells "
+                    "--implementation is tcnn, which is not installed or has no GPU here (`softmining doctor` shows "
                     "which). Set it to auto."
                 )
             self.network = _tiny_cuda_nn(config, channels, finest)
@@ -147,7 +147,7 @@ class Field(nn.Module):
         self.to(device)
 
     def forward(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Values at points (row, column) of the unit square."""
+        """Return the values at points (row, column) of the unit square."""
         return self.network(points if self.implementation == "tcnn" else self.encoding(points)).float()
 
 

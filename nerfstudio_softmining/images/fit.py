@@ -1,10 +1,9 @@
-"""The fit of one field to one photograph: a training step, its evaluation, and what a checkpoint keeps."""
+"""The fit of one field to one photograph: training step, evaluation and checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
@@ -30,25 +29,27 @@ from nerfstudio_softmining.samplers.images import TrainingImages
 from nerfstudio_softmining.samplers.state import SamplerRun
 from nerfstudio_softmining.settings import apply, check
 
-PAPERS_ALPHA = 0.6
-"""Softness of samplers that have none of their own (section 4.1)."""
-DECAY = 0.33
+DEFAULT_ALPHA = 0.6
+"""Softness of samplers that have none of their own (section 4.1 of the paper)."""
+LEARNING_RATE_DECAY = 0.33
 """Factor on the learning rate, as in Instant-NGP's settings for photographs."""
-AVERAGED_EVERY = 10
+AVERAGE_EVERY = 10
 """Steps between two updates of the averaged weights."""
 AVERAGE_DECAY = 0.99
-"""Decay a step of the averaged weights, which are what is shown; as in Instant-NGP's settings for photographs."""
-EVALUATED = 1 << 20
-"""Pixels that PSNR is of, in photographs that have more: one at random of each of as many equal parts."""
+"""Decay a step of the averaged weights, which are rendered; as in Instant-NGP's settings for photographs."""
+PSNR_PIXELS = 1 << 20
+"""Pixels of which PSNR is computed, in photographs that have more."""
 CHUNK = 1 << 16
 """Points that are evaluated at a time."""
-REMEMBERED = 50
-"""Batches that the picture of draws is made of."""
+RECENT_BATCHES = 50
+"""Batches whose draws are shown."""
+PARTS = ("field", "average", "optimizer", "scheduler", "run")
+"""Attributes of a fit whose states are in its checkpoints."""
 
 
 @dataclass
 class Settings:
-    """What one fit is of, apart from the photograph."""
+    """Settings of one fit."""
 
     sampler: str
     """Way of choosing points, with settings of its own after commas, as in langevin,drift=0."""
@@ -57,31 +58,31 @@ class Settings:
     iterations: int
     """Training steps."""
     config: FitConfig
-    """The rest, with the sampler's own settings applied."""
+    """Settings of the training, with those named after the sampler applied."""
     sampler_config: SamplerConfig
     """Settings of the sampler itself."""
 
     @property
     def kind(self) -> str:
-        """Name of the sampler, without settings."""
+        """Return the name of the sampler, without settings."""
         return registry.parse(self.sampler)[0]
 
 
 def make_settings(sampler: str, seed: int, iterations: int, config: FitConfig) -> Settings:
-    """Settings of a fit from the command line.
+    """Return the settings of a fit from those of the command line.
 
     Raises:
         UserError: if the sampler is unknown, or a setting of its own makes no sense.
     """
-    kind, own = registry.parse(sampler)
+    kind, sampler_settings = registry.parse(sampler)
     specs = registry.samplers()
     if kind not in specs:
         raise UserError(f"--samplers has {kind!r}. Photographs have {', '.join((*specs, *registry.ALIASES))}.")
     config, defaults = deepcopy(config), specs[kind].sampler.photo_settings
     sampler_config = specs[kind].config(**{name: value for name, value in defaults.items() if name != "alpha"})
     if config.alpha is None:
-        config.alpha = defaults.get("alpha", PAPERS_ALPHA)
-    for setting in own:
+        config.alpha = defaults.get("alpha", DEFAULT_ALPHA)
+    for setting in sampler_settings:
         apply(setting, (config, sampler_config), required=True, sampler=sampler)
     config.__post_init__()
     with naming_flags(lambda name: sampler_flag(kind, name)):
@@ -90,7 +91,7 @@ def make_settings(sampler: str, seed: int, iterations: int, config: FitConfig) -
 
 
 def sampler_flag(kind: str, name: str) -> str:
-    """Return the flag of a field that a sampler has named."""
+    """Return the command-line flag of a sampler's field."""
     return "--batch" if name == "num_rays" else f"--samplers {kind},{name}"
 
 
@@ -98,8 +99,8 @@ class Fit:
     """A field in training.
 
     Args:
-        photo: what it is fitted to, on the device of the training.
-        settings: how.
+        photo: the photograph, on the device of the training.
+        settings: settings of the fit.
     """
 
     def __init__(self, photo: Photo, settings: Settings) -> None:
@@ -113,13 +114,13 @@ class Fit:
         self.optimizer = torch.optim.Adam(
             self.field.parameters(), self.config.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=fused
         )
-        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, self.config.decay_at, DECAY)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, self.config.decay_at, LEARNING_RATE_DECAY)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         assert self.config.alpha is not None, "settings come from make_settings"
         self.loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
         self.run = self._make_run()
         self.iteration = 0
-        self.drawn: deque[Tensor] = deque(maxlen=REMEMBERED)
+        self.drawn: deque[Tensor] = deque(maxlen=RECENT_BATCHES)
         """Positions of the last batches."""
 
     def _make_run(self) -> SamplerRun:
@@ -142,11 +143,11 @@ class Fit:
         loss = self.loss(self.truth(position), self.field(position / self.size))
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimise()
+        self.optimizer_step()
         self.update(batch, position)
 
     def draw(self) -> tuple[MiningBatch, Float[Tensor, "n 2"]]:
-        """Draw the points of a step; their positions are in pixels."""
+        """Return the batch of a step and its points (row, column) in pixels."""
         with naming_flags(lambda name: sampler_flag(self.settings.kind, name)):
             samples = self.run.draw(self.config.batch)
         batch = self.run.batch(samples, step=self.iteration)
@@ -157,14 +158,14 @@ class Fit:
         return batch, position
 
     def truth(self, position: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Values of the photograph at the points of a step."""
+        """Return the values of the photograph at the points of a step."""
         return self.photo.lookup(position if self.config.photo_gradient else position.detach())
 
-    def optimise(self) -> None:
-        """Take the optimizer's step, and let the averaged weights follow now and then."""
+    def optimizer_step(self) -> None:
+        """Update the weights, and every few steps their average."""
         self.optimizer.step()
         self.scheduler.step()
-        if self.iteration % AVERAGED_EVERY == 0:
+        if self.iteration % AVERAGE_EVERY == 0:
             self.average.update_parameters(self.field)
 
     def update(self, batch: MiningBatch, position: Float[Tensor, "n 2"]) -> None:
@@ -174,25 +175,25 @@ class Fit:
         self.iteration += 1
 
     def _average(self, averaged, current, _: Tensor | int) -> None:
-        """Let the averaged weights follow; closely at first, so that early pictures show what has been learnt."""
-        updates = self.iteration // AVERAGED_EVERY
-        decay = min(AVERAGE_DECAY**AVERAGED_EVERY, (1 + updates) / (10 + updates))
+        """Update the averaged weights, with less decay at first, so that early pictures show what has been learnt."""
+        updates = self.iteration // AVERAGE_EVERY
+        decay = min(AVERAGE_DECAY**AVERAGE_EVERY, (1 + updates) / (10 + updates))
         get_ema_multi_avg_fn(decay)(averaged, current, updates)
 
     @torch.no_grad()
     def predict(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Values of the averaged field at points (row, column) of the unit square."""
+        """Return values of the averaged field at points (row, column) of the unit square."""
         return torch.cat([self.average(chunk) for chunk in points.split(CHUNK)])
 
     @torch.no_grad()
     def residual(self, pixels: Int64[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Prediction of the field as it is minus truth, at the centres of pixels (row, column)."""
+        """Return the field, not averaged, minus the photograph at the centres of pixels (row, column)."""
         return torch.cat(
             [self.field((chunk + 0.5) / self.size) - self.photo.at(chunk) for chunk in pixels.split(CHUNK)]
         )
 
-    def psnr(self, count: int = EVALUATED) -> float:
-        """Compute the PSNR in dB over `count` pixels, or over all if there are no more.
+    def psnr(self, count: int = PSNR_PIXELS) -> float:
+        """Return the PSNR in dB over `count` pixels, or over all if there are no more.
 
         One pixel is taken at random of each of as many equal parts, always the same.
         """
@@ -211,13 +212,13 @@ class Fit:
         return float(metric.compute())
 
     def render(self, size: tuple[int, int]) -> Iterator[Float[Tensor, "rows w c"]]:
-        """The picture of a given height and width, some rows at a time, on the CPU."""
+        """Yield a picture of the given height and width, some rows at a time, on the CPU."""
         return render(self.average.module, size, self.size.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on."""
-        scheduler = self.scheduler.state_dict()
-        del scheduler["milestones"]  # a Counter, which torch 2.1 does not load safely; the settings have them
+        """Return the checkpoint from which `load_state_dict` resumes."""
+        state = {name: getattr(self, name).state_dict() for name in PARTS}
+        del state["scheduler"]["milestones"]  # a Counter, which torch 2.1 does not load safely; the settings have them
         return {
             "photo": {"size": self.photo.size, "fingerprint": fingerprint(self.photo)},
             "encoding": dataclasses.asdict(self.photo.encoding),
@@ -225,34 +226,27 @@ class Fit:
             "seed": self.settings.seed,
             "config": dataclasses.asdict(self.config),
             "iteration": self.iteration,
-            "field": self.field.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": scheduler,
-            "run": self.run.state_dict(),
+            **state,
             "generator": self.generator.get_state(),
             "drawn": list(self.drawn),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint of the same photograph and settings."""
+        """Resume from a checkpoint of the same photograph and settings."""
         self.iteration = state["iteration"]
-        self.field.load_state_dict(state["field"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.run.load_state_dict(state["run"])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.generator.set_state(state["generator"].cpu())
         self.drawn.extend(state["drawn"])
 
 
 def fingerprint(photo: Photo) -> str:
-    """A number by which a photograph is known again."""
+    """Return a hash of the values of a photograph."""
     return hashlib.sha256(photo.values.cpu().numpy().data).hexdigest()[:16]
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that there is a whole one at every moment."""
+    """Write a checkpoint beside the previous one, then replace that, so that a crash leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     torch.save(state, part)
@@ -263,7 +257,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint.
 
     Raises:
-        UserError: if it is none.
+        UserError: if the file is missing or is not a checkpoint.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file. Name the checkpoint.pt of an image fit.")
@@ -277,7 +271,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def load_field(state: dict[str, Any], device: torch.device) -> tuple[nn.Module, Encoding]:
-    """The averaged field of a checkpoint, and the way back to the values of its photograph's file."""
+    """Return the averaged field of a checkpoint, and the encoding of its photograph's file."""
     config = FitConfig(**{**state["config"], "decay_at": tuple(state["config"]["decay_at"])})
     encoding = Encoding(**state["encoding"])
     with compat.fork_random_state():
@@ -288,7 +282,7 @@ def load_field(state: dict[str, Any], device: torch.device) -> tuple[nn.Module, 
 
 @torch.no_grad()
 def render(field: nn.Module, size: tuple[int, int], device: torch.device) -> Iterator[Float[Tensor, "rows w c"]]:
-    """The picture of a given height and width, some rows at a time, on the CPU."""
+    """Yield a picture of the given height and width, some rows at a time, on the CPU."""
     height, width = size
     rows = max(1, CHUNK // width)
     column = (torch.arange(width, device=device) + 0.5) / width
@@ -296,8 +290,3 @@ def render(field: nn.Module, size: tuple[int, int], device: torch.device) -> Ite
         row = (torch.arange(start, min(start + rows, height), device=device) + 0.5) / height
         points = torch.cartesian_prod(row, column)
         yield torch.cat([field(chunk) for chunk in points.split(CHUNK)]).view(len(row), width, -1).cpu()
-
-
-def num_parts(size: tuple[int, int]) -> int:
-    """How many parts `render` gives."""
-    return math.ceil(size[0] / max(1, CHUNK // size[1]))

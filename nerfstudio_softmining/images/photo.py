@@ -1,8 +1,9 @@
-"""A photograph: read from any file that OpenCV reads, looked up between its pixels, and written as it was read."""
+"""Photographs: reading any file that OpenCV reads, values between pixels, and writing as the file was."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
 
-os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")  # OpenCV looks when it first meets an .exr
+os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")  # OpenCV reads this at its first .exr
 import cv2  # noqa: E402
 
 INTEGER_LIMITS = {"uint8": 255, "uint16": 65535}
+CHANNEL_ORDER = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}
+"""Order of OpenCV's channels, BGRA, as RGBA, and the other way round."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How values in a file become values in [0, 1], in which errors are measured.
+    """Conversion of the values in a file to values in [0, 1], in which errors are measured, and back.
 
     Integers are divided by their limit. High dynamic range is compressed, as an error in a lamp would outweigh all
     others: x becomes sign(x) log(1 + |x| / unit), with the median of |x| as the unit, stretched from `low` - `high` to
@@ -38,7 +42,7 @@ class Encoding:
     high: float = 1.0
 
     def encode(self, values: NDArray) -> Tensor:
-        """Values of a file [h, w, c] in the order RGBA as float32 in [0, 1]."""
+        """Return values of a file [h, w, c], in the order RGBA, as float32 in [0, 1]."""
         encoded = torch.from_numpy(values.astype(np.float32))  # torch before 2.3 has no uint16
         if self.dtype in INTEGER_LIMITS:
             encoded.div_(INTEGER_LIMITS[self.dtype])
@@ -50,7 +54,7 @@ class Encoding:
         return encoded
 
     def decode(self, encoded: Tensor) -> NDArray:
-        """The inverse of `encode`, rounded where the file has integers; the colour of what is invisible is black."""
+        """Return the values of a file from those of `encode`: rounded for integers, and black where transparent."""
         encoded = encoded.float().cpu()
         if self.channels == 4:
             alpha = encoded[..., 3:].clamp(0, 1)
@@ -70,20 +74,20 @@ def _compress(values: Tensor, unit: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Photo:
-    """What a field is fitted to."""
+    """A photograph in memory."""
 
     values: Float[Tensor, "h w c"]
     """Values in [0, 1]."""
     encoding: Encoding
-    """How to get back to those of the file."""
+    """Conversion of the values of the file."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Return height and width in pixels."""
         return self.values.shape[0], self.values.shape[1]
 
     def lookup(self, position: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Values at (row, column) in pixels, pixel (0, 0) covering [0, 1)^2: bilinear between the pixels' centres.
+        """Return values at (row, column) in pixels, bilinear between the centres of pixels; pixel (0, 0) is [0, 1)^2.
 
         Differentiable with respect to the position; beyond the outermost centres the values are theirs.
         """
@@ -100,16 +104,16 @@ class Photo:
         return torch.lerp(upper, lower, down.expand_as(a))
 
     def at(self, pixels: Int64[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Values of whole pixels (row, column)."""
+        """Return values of whole pixels (row, column)."""
         return self.values[pixels[:, 0], pixels[:, 1]]
 
     def to(self, device: torch.device | str) -> Photo:
-        """The same on another device."""
+        """Return the photograph on another device."""
         return Photo(self.values.to(device), self.encoding)
 
 
 def read(path: Path) -> Photo:
-    """Read a photograph of 8 or 16 bit, or of high dynamic range; grey, RGB or RGBA; turned as its EXIF says.
+    """Read a photograph of 8 or 16 bit, or of high dynamic range; grey, RGB or RGBA; turned by its EXIF.
 
     Raises:
         UserError: if it cannot be used, with the reason.
@@ -119,23 +123,21 @@ def read(path: Path) -> Photo:
     try:
         image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if image is not None and (image.ndim == 2 or image.shape[2] in (1, 3)):
-            image = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)  # minds EXIF, and drops alpha
+            # turned by EXIF, without alpha
+            image = cv2.imread(str(path), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR)
     except cv2.error as error:
         raise UserError(f"OpenCV cannot read {path}: {error}. Convert it to PNG or JPEG.") from error
     if image is None:
         raise UserError(f"{path} is not an image that OpenCV reads. Convert it to PNG, JPEG, TIFF, .hdr or .exr.")
     values = image[..., None] if image.ndim == 2 else image
     channels = values.shape[2]
-    if channels == 3:
-        values = cv2.cvtColor(values, cv2.COLOR_BGR2RGB)
-    elif channels == 4:
-        values = cv2.cvtColor(values, cv2.COLOR_BGRA2RGBA)
-    elif channels != 1:
+    if channels not in CHANNEL_ORDER:
         raise UserError(f"{path} has {channels} channels: grey, RGB and RGBA can be fitted. Convert it to one of them.")
+    values = values[..., CHANNEL_ORDER[channels]]
     if values.dtype.name in INTEGER_LIMITS:
         encoding = Encoding(values.dtype.name, channels)
     elif values.dtype in (np.float16, np.float32, np.float64):
-        encoding = _of_high_range(values, path)
+        encoding = _high_range_encoding(values, path)
     else:
         raise UserError(
             f"{path} holds values of type {values.dtype}: 8 and 16 bit, and floating point, can be fitted. Convert it."
@@ -143,7 +145,16 @@ def read(path: Path) -> Photo:
     return Photo(encoding.encode(values).contiguous(), encoding)
 
 
-def _of_high_range(values: NDArray, path: Path) -> Encoding:
+def read_for_training(path: Path) -> Photo:
+    """Read a photograph to the GPU, or to the CPU where there is none, and prepare that for training."""
+    if torch.cuda.is_available():
+        return read(path).to("cuda")
+    compat.prepare_cpu()
+    return read(path)
+
+
+def _high_range_encoding(values: NDArray, path: Path) -> Encoding:
+    """Return the encoding of values of high dynamic range."""
     bad = ~np.isfinite(values).all(axis=2)
     if bad.any():
         row, column = np.argwhere(bad)[0]
@@ -152,8 +163,8 @@ def _of_high_range(values: NDArray, path: Path) -> Encoding:
             "Repair them, by an image editor or OpenCV's inpaint."
         )
     colours = torch.from_numpy(values[..., :3].astype(np.float32))
-    some = colours.flatten()[:: max(1, colours.numel() // (1 << 22))].abs()
-    unit = float(some[some > 0].median()) if (some > 0).any() else 1.0
+    sample = colours.flatten()[:: max(1, colours.numel() // (1 << 22))].abs()
+    unit = float(sample[sample > 0].median()) if (sample > 0).any() else 1.0
     low, high = (float(_compress(end, unit)) for end in colours.aminmax())
     return Encoding("float32", values.shape[2], unit, low, high if high > low else low + 1)
 
@@ -171,13 +182,29 @@ def write(values: NDArray, path: Path) -> Path:
         raise UserError(f"--output is {path}, which is a folder. Name a file.")
     path = path.with_suffix(".exr" if values.dtype == np.float32 else ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[values.shape[2]]
-    if not cv2.imwrite(str(path), np.ascontiguousarray(values[..., order])):
+    if not cv2.imwrite(str(path), np.ascontiguousarray(values[..., CHANNEL_ORDER[values.shape[2]]])):
         raise UserError(f"{path} cannot be written. Name another --output.")
     return path
 
 
-def shown(values: Tensor) -> NDArray[np.float32]:
-    """Values [h, w, c] in [0, 1] as RGB for pictures, transparency on black."""
+def write_bytes(picture: NDArray, path: Path) -> None:
+    """Write values in [0, 255] as a picture of 8 bits, grey [h, w] or in the order RGB [h, w, 3]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rgb = picture.round().astype(np.uint8)
+    cv2.imwrite(str(path), np.ascontiguousarray(rgb if rgb.ndim == 2 else rgb[..., ::-1]))
+
+
+def to_rgb(values: Tensor) -> NDArray[np.float32]:
+    """Return values [h, w, c] as RGB in [0, 1] for pictures, with transparency on black."""
     colours = values[..., :3].float().clamp(0, 1).cpu().numpy()
     return np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else colours
+
+
+def fit_within(size: Sequence[int], side: int) -> tuple[int, int]:
+    """Return the height and width of the same shape whose longer side is at most `side`.
+
+    >>> fit_within((100, 200), 50)
+    (25, 50)
+    """
+    scale = min(1.0, side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -1,4 +1,4 @@
-"""What fits of a photograph show: tables, plots, crops, maps of error and of draws."""
+"""The report of fits of a photograph: tables, plots, crops, maps of error and of draws."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 from nerfstudio_softmining.bench import report as bench
-from nerfstudio_softmining.images.photo import Photo, shown
+from nerfstudio_softmining.images.photo import Photo, fit_within, to_rgb
 
 CROPS = 3
-"""Places that are shown at full size."""
+"""Windows that are shown at full size."""
 CROP_SHARE = 10
 """The shorter side of the photograph over the side of a crop."""
 SMALLEST_CROP = 48
@@ -27,12 +27,12 @@ SMALLEST_CROP = 48
 MAP_SIDE = 700
 """Longer side in pixels of maps of error."""
 DRAWS_RANGE = 3
-"""Powers of two, both ways, that the colours of draws stand for."""
+"""Powers of two, both ways, of the colour scale of draws."""
 
 
 @dataclass
 class Picture:
-    """What one fit gave."""
+    """The reconstruction of one fit."""
 
     sampler: str
     iteration: int
@@ -43,70 +43,62 @@ class Picture:
     path: Path
     """File of the reconstruction."""
     draws: NDArray[np.float32] | None
-    """How often each part was drawn lately, as the power of two by which it is more often than uniformly."""
+    """How often each part was drawn lately over how often a uniform draw does, as a power of two."""
+
+    def __str__(self) -> str:
+        return f"{self.sampler}: {self.psnr:.2f} dB over all pixels after {self.iteration:,} iterations"
 
 
 def write(photo: Photo, pictures: Sequence[Picture], results: dict, output: Path, name: str) -> None:
     """Write report.md, and the plots and pictures that it shows."""
-    runs = results["runs"]
     crops(photo, pictures).savefig(output / "crops.jpg", dpi=120, pil_kwargs={"quality": 90})
     maps(photo, pictures).savefig(output / "maps.jpg", dpi=120, pil_kwargs={"quality": 90})
     with (output / "report.md").open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=bench.WIDTH)
+        console = Console(file=file, width=bench.REPORT_WIDTH)
         height, width = photo.size
         console.print(f"# {name}\n\n{height} x {width} pixels; {results['device']}.\n", soft_wrap=True, markup=False)
-        if runs:
+        if results["runs"]:
+            runs = bench.to_frame(results["runs"])
             for table in bench.tables((), runs):
                 console.print(table)
-            bench.convergence(runs, of="the photograph").savefig(output / "convergence.png", dpi=150)
+            bench.plot_convergence(runs, "the photograph").savefig(output / "convergence.png", dpi=150)
             console.print("\n![PSNR against iterations and seconds](convergence.png)")
         console.print("\n## Pictures\n")
         for picture in pictures:
-            file_name = picture.path.relative_to(output)
-            console.print(
-                f"- {picture.sampler}: {picture.psnr:.2f} dB over all pixels after {picture.iteration:,} iterations, "
-                f"[{file_name}](<{file_name}>)",
-                soft_wrap=True,
-                markup=False,
-            )
+            path = picture.path.relative_to(output)
+            console.print(f"- {picture}, [{path}](<{path}>)", soft_wrap=True, markup=False)
         console.print("\n![Where reconstructions differ most](crops.jpg)\n\n![Errors and draws](maps.jpg)")
 
 
-def tell(pictures: Sequence[Picture], results: dict, output: Path) -> None:
-    """Say how well it went, and where everything is."""
+def print_summary(pictures: Sequence[Picture], results: dict, output: Path) -> None:
+    """Print the tables of PSNR, the PSNR of each picture, and where all files are."""
     if results["runs"]:
-        for table in bench.tables((), results["runs"])[:2]:
+        for table in bench.tables((), bench.to_frame(results["runs"]))[:2]:
             CONSOLE.print(table)
     for picture in pictures:
-        CONSOLE.print(
-            f"{picture.sampler}: {picture.psnr:.2f} dB over all pixels after {picture.iteration:,} iterations, "
-            f"{picture.path}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+        CONSOLE.print(f"{picture}, {picture.path}", soft_wrap=True, markup=False, highlight=False)
     CONSOLE.print(f"{output / 'report.md'} has crops, maps of error and plots.", soft_wrap=True, markup=False)
 
 
 def crops(photo: Photo, pictures: Sequence[Picture]) -> Figure:
-    """The photograph and its reconstructions, at the places where these differ most in their error."""
+    """Plot the photograph and its reconstructions in the windows where their errors differ most."""
     side = min(max(SMALLEST_CROP, min(photo.size) // CROP_SHARE), *photo.size)
-    places = largest_differences(photo, pictures, side)
+    windows = largest_differences(photo, pictures, side)
     columns = 2 + len(pictures)
-    figure = Figure(figsize=(2.6 * columns, 2.7 * len(places)), layout="constrained")
-    grid = figure.subplots(len(places), columns, squeeze=False)
-    small = _reduced(shown(photo.values), MAP_SIDE)
-    for axes, (row, column) in zip(grid, places, strict=True):
-        window = (slice(row, row + side), slice(column, column + side))
+    figure = Figure(figsize=(2.6 * columns, 2.7 * len(windows)), layout="constrained")
+    grid = figure.subplots(len(windows), columns, squeeze=False)
+    small = _reduced(to_rgb(photo.values), MAP_SIDE)
+    for axes, (row, column) in zip(grid, windows, strict=True):
+        inside = (slice(row, row + side), slice(column, column + side))
         scale = len(small) / photo.size[0]
         axes[0].imshow(small)
         axes[0].add_patch(
             Rectangle((column * scale, row * scale), side * scale, side * scale, fill=False, color="red", lw=1.5)
         )
-        axes[1].imshow(shown(photo.values[window]), interpolation="nearest")
+        axes[1].imshow(to_rgb(photo.values[inside]), interpolation="nearest")
         for axis, picture in zip(axes[2:], pictures, strict=True):
-            axis.imshow(shown(picture.values[window]), interpolation="nearest")
-            error = float((picture.values[window] - photo.values[window].cpu()).square().mean())
+            axis.imshow(to_rgb(picture.values[inside]), interpolation="nearest")
+            error = float((picture.values[inside] - photo.values[inside].cpu()).square().mean())
             axis.set_xlabel(f"{-10 * np.log10(max(error, 1e-12)):.1f} dB", fontsize="small")
     for axis, title in zip(grid[0], ("", "photograph", *(p.sampler for p in pictures)), strict=True):
         axis.set_title(title, fontsize="small")
@@ -116,7 +108,7 @@ def crops(photo: Photo, pictures: Sequence[Picture]) -> Figure:
 
 
 def largest_differences(photo: Photo, pictures: Sequence[Picture], side: int) -> list[tuple[int, int]]:
-    """Find the square windows in which the squared errors of the first and the last picture differ most.
+    """Return the square windows in which the squared errors of the first and the last picture differ most.
 
     No two of them overlap. Of a single picture, they are those of the largest error.
 
@@ -129,14 +121,14 @@ def largest_differences(photo: Photo, pictures: Sequence[Picture], side: int) ->
     score = blurred[: difference.shape[0] - side + 1, : difference.shape[1] - side + 1].copy()
     found = []
     while len(found) < CROPS and score.max() > -1:
-        row, column = (int(place) for place in np.unravel_index(score.argmax(), score.shape))
+        row, column = (int(index) for index in np.unravel_index(score.argmax(), score.shape))
         found.append((row, column))
         score[max(0, row - side + 1) : row + side, max(0, column - side + 1) : column + side] = -1
     return found
 
 
 def maps(photo: Photo, pictures: Sequence[Picture]) -> Figure:
-    """Absolute errors of the reconstructions, and how often each part was drawn lately."""
+    """Plot absolute errors of the reconstructions, and how often each part was drawn lately."""
     errors = [_reduced(np.sqrt(_squared_error(photo, picture)), MAP_SIDE) for picture in pictures]
     largest = max(float(np.quantile(error, 0.99)) for error in errors) or 1.0
     height, width = photo.size
@@ -163,16 +155,12 @@ def maps(photo: Photo, pictures: Sequence[Picture]) -> Figure:
 
 
 def _squared_error(photo: Photo, picture: Picture) -> NDArray[np.float32]:
-    """Mean over the channels, of each pixel."""
+    """Return the mean squared error over the channels, of each pixel [h, w]."""
     difference = picture.values - photo.values.cpu()
     return difference.square_().mean(dim=-1).numpy()
 
 
 def _reduced(picture: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    """A picture whose longer side is at most `side`, by means over areas."""
-    height, width = picture.shape[:2]
-    scale = side / max(height, width)
-    if scale >= 1:
-        return picture
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+    """Return a picture whose longer side is at most `side`, of means over areas."""
+    height, width = fit_within(picture.shape[:2], side)
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
