@@ -182,7 +182,11 @@ def write(values: NDArray, path: Path) -> Path:
         raise UserError(f"--output is {path}, which is a folder. Name a file.")
     path = path.with_suffix(".exr" if values.dtype == np.float32 else ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), np.ascontiguousarray(values[..., CHANNEL_ORDER[values.shape[2]]])):
+    try:
+        is_written = cv2.imwrite(str(path), np.ascontiguousarray(values[..., CHANNEL_ORDER[values.shape[2]]]))
+    except cv2.error as error:  # some builds of OpenCV have no OpenEXR
+        raise UserError(f"OpenCV cannot write {path}: {error}. Install opencv-python-headless 4.") from error
+    if not is_written:
         raise UserError(f"{path} cannot be written. Name another --output.")
     return path
 
