@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.datamanager import RAY_OFFSETS, SoftMiningDataManager
+from nerfstudio_softmining.plugin.hash_encoding import quicken
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.samplers.base import MiningBatch
@@ -61,7 +62,8 @@ class SoftMiningMixin(Model):
             super().populate_modules()
         compat.warn_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
         self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
-        self._outer_sampler().register_forward_hook(_attach_pixel_gradient)
+        self._encodings = quicken(self)
+        self._outer_sampler().register_forward_hook(self._attach_pixel_gradient)
 
     def _outer_sampler(self) -> Sampler:
         """Return the module that draws the samples of the field."""
@@ -153,16 +155,21 @@ class SoftMiningMixin(Model):
         if isinstance(sampler, ProposalNetworkSampler) and "step" in state:
             sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]
 
+    def _attach_pixel_gradient(self, sampler: nn.Module, inputs: tuple, output: tuple) -> None:
+        """Give the field's samples the gradient with respect to the pixel coordinates.
 
-def _attach_pixel_gradient(sampler: nn.Module, inputs: tuple, output: tuple) -> None:
-    """Give the field's samples the gradient with respect to the pixel coordinates.
+        The proposal networks do not see it, and so neither pay for it nor add to it. A camera optimizer's rotation of
+        the rays is taken as the identity here, which it is up to some milliradians.
+        """
+        ray_bundle, ray_samples = inputs[0], output[0]
+        assert isinstance(ray_bundle, RayBundle) and isinstance(ray_samples, RaySamples)
+        for name, key in RAY_OFFSETS.items():
+            offset = ray_bundle.metadata.get(key)
+            if offset is not None:
+                setattr(ray_samples.frustums, name, getattr(ray_samples.frustums, name) + offset[:, None])
+        for encoding in self._encodings:
+            encoding.follows_positions = self.uses_position_gradient(ray_samples)
 
-    The proposal networks do not see it, and so neither pay for it nor add to it. A camera optimizer's rotation of the
-    rays is taken as the identity here, which it is up to some milliradians.
-    """
-    ray_bundle, ray_samples = inputs[0], output[0]
-    assert isinstance(ray_bundle, RayBundle) and isinstance(ray_samples, RaySamples)
-    for name, key in RAY_OFFSETS.items():
-        offset = ray_bundle.metadata.get(key)
-        if offset is not None:
-            setattr(ray_samples.frustums, name, getattr(ray_samples.frustums, name) + offset[:, None])
+    def uses_position_gradient(self, ray_samples: RaySamples) -> bool:
+        """Return whether anything uses the gradient of the field with respect to positions."""
+        return True
