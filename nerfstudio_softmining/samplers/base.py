@@ -230,28 +230,38 @@ class DensitySampler(Sampler[Config, State]):
         return state.density  # type: ignore[attr-defined]
 
     def draw(self, state: State, count: int) -> tuple[Samples, State]:
-        batches, num_uniform = self.draw_batches(state, 1, count)
-        return Samples(take(batches, 0), num_uniform), state
+        num_uniform = self.num_uniform(state, count)
+        samples = take(self.draw_batches(state, 1, count - num_uniform, num_uniform), 0)
+        return self.mix(samples, num_uniform), state
 
-    def draw_batches(self, state: State, times: int, count: int) -> Samples:
+    def num_uniform(self, state: State, count: int) -> int:
+        """Return how many rays of a batch are uniform."""
+        if self.density(state) is None:
+            return count
+        return self.num_of_fraction("uniform_fraction", count) if hasattr(self.config, "uniform_fraction") else 0
+
+    def draw_batches(self, state: State, times: int, num_drawn: int, num_uniform: int) -> PixelSamples:
         """Draw several batches at once, as a draw of many costs little more than one of few.
 
         Returns:
-            Samples whose tensors begin with [times, count].
+            Samples whose tensors begin with [times, num_drawn + num_uniform], uniform ones last. Their density ratios
+            are those of the density alone, without the uniform fraction.
         """
         density = self.density(state)
-        num_uniform = self.num_of_fraction("uniform_fraction", count) if hasattr(self.config, "uniform_fraction") else 0
-        if density is None or num_uniform == count:
-            return Samples(_batched(self.images.uniform(times * count), (times, count)), count)
+        if density is None or num_drawn == 0:
+            return _batched(self.images.uniform(times * num_uniform), (times, num_uniform))
         # stratified draws are in order: each batch takes every `times`-th of them
-        drawn = density.draw(times * (count - num_uniform), self.is_stratified)
-        drawn = PixelSamples(*(part.transpose(0, 1) for part in _batched(drawn, (count - num_uniform, times))))
+        drawn = density.draw(times * num_drawn, self.is_stratified)
+        drawn = PixelSamples(*(part.transpose(0, 1) for part in _batched(drawn, (num_drawn, times))))
         if num_uniform == 0:
-            return Samples(drawn, 0)
+            return drawn
         uniform = self.images.uniform(times * num_uniform)
         uniform = uniform._replace(density_ratio=density.density_ratio(uniform))
-        samples = concatenate(drawn, _batched(uniform, (times, num_uniform)), dim=1)
-        fraction = num_uniform / count
+        return concatenate(drawn, _batched(uniform, (times, num_uniform)), dim=1)
+
+    def mix(self, samples: PixelSamples, num_uniform: int) -> Samples:
+        """Return a batch of samples whose density ratios are those of its mixture with uniform rays."""
+        fraction = num_uniform / len(samples.density_ratio)
         mixed = fraction + (1 - fraction) * samples.density_ratio
         return Samples(samples._replace(density_ratio=mixed), num_uniform)
 

@@ -83,8 +83,6 @@ class DetailState(NamedTuple):
     """Observations that are not in `seen` yet."""
     ahead: PixelSamples | None
     """Batches [times, rays] that are drawn and not used yet."""
-    num_uniform: int
-    """Uniform rays of each of these."""
     density: PixelDensity | None
     """Detail times factors; None where there is no detail at all."""
 
@@ -119,18 +117,24 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     def init(self, previous: DetailState | None = None) -> DetailState:
         interval, steps = (self.config.interval, 0) if previous is None else (previous.interval, previous.steps)
         seen = torch.zeros(3, self.grid.num_tiles, device=self.images.device)
-        return DetailState(interval, steps, seen, torch.ones_like(seen[0]), (), None, 0, None)
+        return DetailState(interval, steps, seen, torch.ones_like(seen[0]), (), None, None)
 
     def rebuild(self, state: DetailState) -> DetailState:
         return state._replace(density=None if self.prior is None else self.prior.with_factors(state.factors))
 
     def draw(self, state: DetailState, count: int) -> tuple[Samples, DetailState]:
-        ahead, num_uniform = state.ahead, state.num_uniform
+        num_uniform = self.num_uniform(state, count)
+        samples, state = self.next_batch(state, count - num_uniform, num_uniform)
+        return self.mix(samples, num_uniform), state
+
+    def next_batch(self, state: DetailState, num_drawn: int, num_uniform: int) -> tuple[PixelSamples, DetailState]:
+        """Return the next batch of [draw_batches][], drawn in advance where possible."""
+        ahead, count = state.ahead, num_drawn + num_uniform
         if ahead is None or ahead.image_index.shape[1] != count:
             times = max(1, min(AHEAD // count, state.interval - state.steps))
-            ahead, num_uniform = self.draw_batches(state, times, count)
+            ahead = self.draw_batches(state, times, num_drawn, num_uniform)
         rest = take(ahead, slice(1, None)) if len(ahead.image_index) > 1 else None
-        return Samples(take(ahead, 0), num_uniform), state._replace(ahead=rest, num_uniform=num_uniform)
+        return take(ahead, 0), state._replace(ahead=rest)
 
     def update(self, state: DetailState, batch: MiningBatch, applied: Tensor | bool) -> DetailState:
         if self.config.error_exponent == 0 or self.prior is None:
