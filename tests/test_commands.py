@@ -93,14 +93,14 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(runs: Path, scene: Path) -> Path:
     """The config file of a finished run."""
-    train(runs, scene, "whole", STEPS)
+    train(runs, scene, "whole", STEPS, "--decay-steps", STEPS)
     return runs / "whole" / METHOD / "run" / "config.yml"
 
 
 def test_resuming_goes_on_bit_for_bit(config, runs, scene):
-    train(runs, scene, "half", STEPS // 2)
+    train(runs, scene, "half", STEPS // 2, "--decay-steps", STEPS)
     first = runs / "half" / METHOD / "run" / "nerfstudio_models"
-    train(runs, scene, "resumed", STEPS // 2, "--load-dir", first)
+    train(runs, scene, "resumed", STEPS // 2, "--load-dir", first, "--decay-steps", STEPS)
     whole, resumed = flat(checkpoint(runs, "whole")), flat(checkpoint(runs, "resumed"))
     assert whole.keys() == resumed.keys()
     assert any("by_image" in path for path in whole)
