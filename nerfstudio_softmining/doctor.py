@@ -105,7 +105,7 @@ def check_tcnn() -> Row:
     import torch
 
     if importlib.util.find_spec("tinycudann") is None:
-        found = "not installed: the torch implementation will be used (about 4x slower on a GPU)"
+        found = "not installed: the torch implementation will be used, which is slower on a GPU"
         if torch.cuda.is_available():
             return Row(found, "note", TCNN_INSTALL)
         return Row(found, "note", f"not needed without an NVIDIA GPU; with one: {TCNN_INSTALL}")

@@ -83,7 +83,7 @@ def warn_if_tcnn_is_missing(chosen: str) -> None:
     """Warn that the slower implementation runs. Can go with [implementation][]."""
     if chosen == "torch" and not TCNN_EXISTS:
         CONSOLE.print(
-            "[yellow]tiny-cuda-nn is not installed: the torch implementation runs, about 4x slower on a GPU "
+            "[yellow]tiny-cuda-nn is not installed: the torch implementation runs, which is slower on a GPU "
             "(`softmining doctor` tells how to install it).[/yellow]"
         )
 
