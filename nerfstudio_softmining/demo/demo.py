@@ -118,6 +118,7 @@ def train(training: Path, scene: Path, iterations: int, seed: int, console: Cons
     arguments = [METHOD, "--data", str(scene), "--output-dir", str(training.parent)]
     arguments += ["--experiment-name", training.name, "--timestamp", RUN.name]
     arguments += ["--max-num-iterations", str(iterations), "--machine.seed", str(seed)]
+    arguments += ["--decay-steps", str(2 * iterations)]  # so few steps teach more while the learning rate is high
     arguments += ["--vis", "tensorboard"]  # with a viewer, nerfstudio waits for Ctrl-C after training
     arguments += ["--logging.local-writer.max-log-size", "0"]  # new lines, not a table redrawn in place
     if training.name == "uniform":
