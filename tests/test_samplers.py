@@ -533,6 +533,20 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_anything(kind, fir
     assert same_tensors(other.state_dict(), sampler.state_dict())
 
 
+def test_a_run_resumed_with_another_uniform_fraction_draws_by_it_at_once():
+    sampler, case = prepared("detail", Case(), 3000, uniform_fraction=0.1), Case()
+    train(sampler, case.batch(), 1)
+    other = prepared("detail", Case(), 3000, uniform_fraction=0.5)
+    other.load_state_dict(through_a_file(sampler.state_dict()))
+    width = case.sizes[0][1]
+
+    def flat_fraction(rays: dict) -> float:  # images are flat in the left third
+        return float((rays["indices"][:, 2] < width / 4).float().mean())
+
+    assert flat_fraction(sampler.sample(case.batch())) < 0.07
+    assert 0.1 < flat_fraction(other.sample(case.batch())) < 0.2
+
+
 @EACH_KIND
 def test_a_checkpoint_of_another_kind_is_left_and_said_so(kind, capsys):
     batch, other = Case().batch(), "edge" if kind != "edge" else "quadtree"

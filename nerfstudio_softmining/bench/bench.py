@@ -68,7 +68,7 @@ def run_bench(
             is_pictured = seed == preset.seeds[0]
             pictures = output / "pictures" / scene.path.replace("/", "_") / sampler if is_pictured else None
             config = trainer_config(scene, sampler, seed, data, output / "runs")
-            config.max_num_iterations = preset.at[-1]  # over which learning rates may fall
+            config.max_num_iterations = last  # over which learning rates may fall
             prepare(config)
             try:
                 train(Run(config, preset.at, scene.views, entries, pictures), on_evaluation, on_step)

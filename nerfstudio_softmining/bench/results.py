@@ -10,8 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nerfstudio_softmining.errors import UserError
@@ -95,6 +98,13 @@ def make_progress(transient: bool = False) -> Progress:
     """Return progress bars with counts and remaining times, which disappear in the end if `transient`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=CONSOLE, transient=transient)
+
+
+def write_bytes(picture: NDArray, path: Path) -> None:
+    """Write values in [0, 255] as a picture of 8 bits, grey [h, w] or in the order RGB [h, w, 3]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rgb = picture.round().astype(np.uint8)
+    cv2.imwrite(str(path), np.ascontiguousarray(rgb if rgb.ndim == 2 else rgb[..., ::-1]))
 
 
 def check_flags(at: Sequence[int], **lists: Sequence[Any]) -> None:

@@ -17,8 +17,8 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.scripts.train import _set_random_seed
 
 from nerfstudio_softmining.bench.meter import Meter
+from nerfstudio_softmining.bench.results import write_bytes
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.images.photo import write_bytes
 from nerfstudio_softmining.plugin import compat
 
 METRICS = ("psnr", "ssim", "lpips")

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from nerfstudio_softmining.bench.meter import Meter
-from nerfstudio_softmining.bench.results import Results, check_flags, make_progress
+from nerfstudio_softmining.bench.results import Results, check_flags, make_progress, write_bytes
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images import report
@@ -176,7 +176,7 @@ def _train(
                 progress.update(task, description=f"{run.name}: {fit.psnr(LIVE_PSNR_PIXELS):.1f} dB")
             if iteration == FIRST_PREVIEW or iteration in at:
                 picture = torch.cat(list(fit.render(fit_within(photo.size, PREVIEW_SIDE))))
-                photos.write_bytes(255 * photos.to_rgb(picture), run.folder / f"preview_{iteration:06}.jpg")
+                write_bytes(255 * photos.to_rgb(picture), run.folder / f"preview_{iteration:06}.jpg")
             if iteration in at and iteration not in evaluated:
                 entry = {"method": fit.field.implementation, "iteration": iteration, "psnr": round(fit.psnr(), 4)}
                 results.add(scene, settings.sampler, settings.seed, {**entry, **meter.read(settings.config.batch)})
@@ -186,7 +186,7 @@ def _train(
     finally:
         progress.remove_task(task)
     if fit.iteration > 0:
-        photos.write_bytes(_picture_of_draws(fit), run.folder / "draws.png")
+        write_bytes(_picture_of_draws(fit), run.folder / "draws.png")
 
 
 def _picture_of_draws(fit: Fit) -> NDArray[np.float32]:
@@ -259,6 +259,6 @@ def run_render(checkpoint: Path, output: Path, size: tuple[int, int] | None, sca
     picture = _render_all(field, (height, width, encoding.channels), device, "Rendering")
     try:
         path = photos.write(encoding.decode(picture), output)
-    except (OSError, cv2.error) as error:
+    except OSError as error:
         raise UserError(f"--output is {output}, which cannot be written ({error}). Name another file.") from error
     CONSOLE.print(f"{path}: {height} x {width} pixels", markup=False, highlight=False, soft_wrap=True)

@@ -191,13 +191,6 @@ def write(values: NDArray, path: Path) -> Path:
     return path
 
 
-def write_bytes(picture: NDArray, path: Path) -> None:
-    """Write values in [0, 255] as a picture of 8 bits, grey [h, w] or in the order RGB [h, w, 3]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rgb = picture.round().astype(np.uint8)
-    cv2.imwrite(str(path), np.ascontiguousarray(rgb if rgb.ndim == 2 else rgb[..., ::-1]))
-
-
 def to_rgb(values: Tensor) -> NDArray[np.float32]:
     """Return values [h, w, c] as RGB in [0, 1] for pictures, with transparency on black."""
     colours = values[..., :3].float().clamp(0, 1).cpu().numpy()

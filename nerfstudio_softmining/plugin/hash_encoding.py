@@ -1,4 +1,4 @@
-"""nerfstudio's hash encoding in torch, several times as quick: one look-up of all corners, and one accumulation.
+"""nerfstudio's hash encoding in torch, but quicker: one look-up of all corners, and one accumulation.
 
 Mueller et al., "Instant Neural Graphics Primitives with a Multiresolution Hash Encoding", SIGGRAPH 2022. nerfstudio's
 own torch implementation looks up each of the eight corners on its own, and adds up eight gradients of the size of the

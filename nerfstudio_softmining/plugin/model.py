@@ -167,8 +167,9 @@ class SoftMiningMixin(Model):
             offset = ray_bundle.metadata.get(key)
             if offset is not None:
                 setattr(ray_samples.frustums, name, getattr(ray_samples.frustums, name) + offset[:, None])
+        follows_positions = self.uses_position_gradient(ray_samples)
         for encoding in self._encodings:
-            encoding.follows_positions = self.uses_position_gradient(ray_samples)
+            encoding.follows_positions = follows_positions
 
     def uses_position_gradient(self, ray_samples: RaySamples) -> bool:
         """Return whether anything uses the gradient of the field with respect to positions."""

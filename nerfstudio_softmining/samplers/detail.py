@@ -83,6 +83,8 @@ class DetailState(NamedTuple):
     """Observations that are not in `seen` yet."""
     ahead: PixelSamples | None
     """Batches [times, rays] that are drawn and not used yet."""
+    num_uniform: int
+    """Uniform rays of each of these."""
     density: PixelDensity | None
     """Detail times factors; None where there is no detail at all."""
 
@@ -117,7 +119,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     def init(self, previous: DetailState | None = None) -> DetailState:
         interval, steps = (self.config.interval, 0) if previous is None else (previous.interval, previous.steps)
         seen = torch.zeros(3, self.grid.num_tiles, device=self.images.device)
-        return DetailState(interval, steps, seen, torch.ones_like(seen[0]), (), None, None)
+        return DetailState(interval, steps, seen, torch.ones_like(seen[0]), (), None, 0, None)
 
     def rebuild(self, state: DetailState) -> DetailState:
         return state._replace(density=None if self.prior is None else self.prior.with_factors(state.factors))
@@ -130,11 +132,12 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     def next_batch(self, state: DetailState, num_drawn: int, num_uniform: int) -> tuple[PixelSamples, DetailState]:
         """Return the next batch of [draw_batches][], drawn in advance where possible."""
         ahead, count = state.ahead, num_drawn + num_uniform
-        if ahead is None or ahead.image_index.shape[1] != count:
+        # a resumed training may have another batch size, or another fraction of uniform rays
+        if ahead is None or (ahead.image_index.shape[1], state.num_uniform) != (count, num_uniform):
             times = max(1, min(AHEAD // count, state.interval - state.steps))
             ahead = self.draw_batches(state, times, num_drawn, num_uniform)
         rest = take(ahead, slice(1, None)) if len(ahead.image_index) > 1 else None
-        return take(ahead, 0), state._replace(ahead=rest)
+        return take(ahead, 0), state._replace(ahead=rest, num_uniform=num_uniform)
 
     def update(self, state: DetailState, batch: MiningBatch, applied: Tensor | bool) -> DetailState:
         if self.config.error_exponent == 0 or self.prior is None:
