@@ -166,6 +166,7 @@ QUICK = {
     "error-map": dict(interval=2),
     "quadtree": dict(reduction=8),
     "detail": dict(interval=2, tile=1),
+    "mixture": dict(interval=2, tile=1),
 }
 """Settings that change maps within a few steps."""
 MINED = [kind for kind, spec in SPECS.items() if not spec.sampler.is_uniform]

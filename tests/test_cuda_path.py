@@ -125,7 +125,7 @@ CASES = [
     case(kind, scene)
     for kind in KINDS
     for scene in LISTINGS
-    if kind in ("uniform", "detail", "langevin") or scene in ("plain", "mixed sizes and masks")
+    if kind in ("uniform", "mixture", "detail", "langevin") or scene in ("plain", "mixed sizes and masks")
 ]
 
 
@@ -140,10 +140,17 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(scenes, kind, scene):
         assert avoidable(device.waits) == set()
 
 
-@pytest.mark.parametrize("kind", ["detail", "langevin"])
+@pytest.mark.parametrize("kind", ["mixture", "detail", "langevin"])
 def test_corrections_and_restarts_do_not_wait_either(scenes, kind):
     with VirtualDevice() as device:
-        training = Training(scenes["masks"], kind, DEVICE, detail={"interval": 2}, langevin={"reinit_share": 0.5})
+        training = Training(
+            scenes["masks"],
+            kind,
+            DEVICE,
+            mixture={"interval": 2},
+            detail={"interval": 2},
+            langevin={"reinit_fraction": 0.5},
+        )
         training.step()
         device.waits.clear()
         for _ in range(6):
@@ -166,7 +173,7 @@ def test_images_on_the_host_are_drawn_from_there_with_their_masks(scenes, kind, 
 @pytest.mark.parametrize("scene", ["masks", "mixed sizes and masks"])
 def test_images_and_masks_are_cached_on_the_device_and_those_of_evaluation_on_the_host(scenes, scene):
     with VirtualDevice():
-        manager = Training(scenes[scene], "detail", DEVICE).pipeline.datamanager
+        manager = Training(scenes[scene], "mixture", DEVICE).pipeline.datamanager
         cached, evaluated = next(manager.iter_train_image_dataloader), next(manager.iter_eval_image_dataloader)
     for key in ("image", "mask"):
         assert {image.device for image in cached[key]} == {DEVICE}
@@ -178,7 +185,7 @@ def test_steps_on_the_device_give_the_numbers_of_the_cpu(scenes):
     losses = []
     for device in (torch.device("cpu"), DEVICE):
         with VirtualDevice():
-            training = Training(scenes["mixed sizes and masks"], "detail", device)
+            training = Training(scenes["mixed sizes and masks"], "mixture", device)
             losses.append([training.step().item() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -215,7 +222,7 @@ def test_costs_are_measured_on_the_device_that_is_asked_for(monkeypatch):
     """On CUDA without the deterministic kernels that the CPU needs, whose warnings would count as waits."""
     monkeypatch.setattr(sampler_cost.compat, "prepare_cpu", lambda: pytest.fail("the CPU was prepared"))
     with VirtualDevice():
-        cost = sampler_cost.Cost(images=(3,), size=(16, 16), rays=64, steps=2, kinds=("detail",), device=DEVICE.type)
+        cost = sampler_cost.Cost(images=(3,), size=(16, 16), rays=64, steps=2, kinds=("mixture",), device=DEVICE.type)
         sampler_cost.main(cost)
 
 
@@ -280,7 +287,7 @@ def test_a_second_process_does_not_repeat_the_draws_of_the_first_after_resuming(
 @pytest.mark.parametrize(("saved", "loads"), [("tcnn", False), ("torch", True)])
 def test_a_checkpoint_of_the_other_implementation_is_refused(scenes, saved, loads):
     """nerfstudio loads what fits and renders noise."""
-    pipeline = Training(scenes["plain"], "detail", torch.device("cpu")).pipeline
+    pipeline = Training(scenes["plain"], "mixture", torch.device("cpu")).pipeline
     state = pipeline.state_dict()
     state["_model._extra_state"] = {**state["_model._extra_state"], "implementation": saved}
     if loads:
@@ -292,7 +299,7 @@ def test_a_checkpoint_of_the_other_implementation_is_refused(scenes, saved, load
 
 def test_evaluating_loads_no_training_image(tmp_path):
     folder = write_capture(tmp_path / "scene", num_images=12)
-    pipeline = Training(folder, "detail", torch.device("cpu"), begin=False, eval_mode="interval").pipeline
+    pipeline = Training(folder, "mixture", torch.device("cpu"), begin=False, eval_mode="interval").pipeline
     for file in pipeline.datamanager.train_dataset.image_filenames:
         file.unlink()
     assert "psnr" in pipeline.get_average_eval_image_metrics()

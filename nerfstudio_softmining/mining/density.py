@@ -60,8 +60,8 @@ def encode(weights: Float[Tensor, "*n"]) -> UInt8[Tensor, "*n"]:
     return torch.where(weights > 0, log_weights.clamp(1, 255).round(), 0).to(torch.uint8)
 
 
-def integer_weight(weights: UInt8[Tensor, "*n"] | Int32[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
-    """Return the integer weights that a table stands for.
+def integer_weight(weights: UInt8[Tensor, "*n"] | Int32[Tensor, "*n"], power: float = 1.0) -> Int64[Tensor, "*n"]:
+    """Return the integer weights that a table stands for, or a power of them.
 
     Bytes stand for integers proportional to 2^(24 byte / 254), up to `LARGEST`. Integers stand for themselves.
 
@@ -69,14 +69,14 @@ def integer_weight(weights: UInt8[Tensor, "*n"] | Int32[Tensor, "*n"]) -> Int64[
     True
     """
     if weights.dtype == torch.int32:
-        return weights.long()
-    return _integers_of_bytes(weights.device).index_select(0, weights.flatten().int()).view(weights.shape)
+        return weights.long() if power == 1 else weights.double().pow(power).long()
+    return _integers_of_bytes(weights.device, power).index_select(0, weights.flatten().int()).view(weights.shape)
 
 
 @functools.lru_cache
-def _integers_of_bytes(device: torch.device) -> Tensor:
+def _integers_of_bytes(device: torch.device, power: float) -> Tensor:
     steps = torch.arange(256, dtype=torch.float64)
-    table = (LARGEST * torch.exp2((steps - 255) * (OCTAVES / 254))).round().long()
+    table = (LARGEST * torch.exp2((steps - 255) * (power * OCTAVES / 254))).round().long()
     table[0] = 0
     return table.to(device)
 
@@ -159,6 +159,30 @@ def draw_stratified(density: TiledDensity, count: int, generator: torch.Generato
     return _entry_at(density, tile, (chance[1] * density.sums[tile]).long())
 
 
+def draw_within(
+    density: TiledDensity,
+    tile: Int64[Tensor, " k"],
+    power: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Int64[Tensor, " k"]:
+    """Draw one entry of each given tile, in proportion to a power of its weight. O(count size).
+
+    Args:
+        density: a density.
+        tile: tiles with a sum above 0; each may occur several times.
+        power: power of the weights.
+        generator: source of randomness on the density's device; torch's own if None.
+
+    >>> draw_within(from_weights(torch.tensor([[0, 3], [7, 0]], dtype=torch.uint8)), torch.tensor([1, 0, 1]))
+    tensor([2, 1, 2])
+    """
+    chance = torch.rand(len(tile), 1, dtype=torch.float64, generator=generator, device=tile.device)
+    ends = integer_weight(density.weights.index_select(0, tile), power).cumsum(dim=1)
+    place = torch.searchsorted(ends, (chance * ends[:, -1:]).long(), right=True)[:, 0]
+    size = density.weights.shape[1]
+    return tile * size + place.clamp_max(size - 1)
+
+
 def _tile_at(density: TiledDensity, fraction: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tile at a fraction of the total [k], and that fraction times the total [k]."""
     everything = density.ends[-1]
@@ -187,13 +211,13 @@ def probability(density: TiledDensity, index: Int64[Tensor, " k"]) -> Float[Tens
     return integer_weight(density.weights.view(-1)[index]).float() * factor / density.ends[-1].float()
 
 
-def relative_weight(density: TiledDensity, index: Int64[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """Return the weight in [0, 1] that bytes stand for, without the factor of the tile.
+def relative_weight(density: TiledDensity, index: Int64[Tensor, " k"], power: float = 1.0) -> Float[Tensor, " k"]:
+    """Return a power of the weight in [0, 1] that bytes stand for, without the factor of the tile.
 
     >>> relative_weight(from_weights(torch.tensor([255, 0], dtype=torch.uint8)), torch.tensor([0, 1]))
     tensor([1., 0.])
     """
-    return integer_weight(density.weights.view(-1)[index]).float() / LARGEST
+    return integer_weight(density.weights.view(-1)[index], power).float() / LARGEST
 
 
 def bytes_per_entry(entry_bytes: int = 1, size: int = TILE) -> float:

@@ -111,8 +111,7 @@ class Sampler(Generic[Config, State]):
     state: a NamedTuple of tensors, numbers, and records of these. A state belongs to whoever called last: `update` may
     change its tensors in place, and only the returned state is to be used.
 
-    Fields of a state that are called `density` follow from the others. Checkpoints leave them out, and [rebuild][]
-    computes them.
+    The derived fields of a state follow from the others. Checkpoints leave them out, and [rebuild][] computes them.
 
     Args:
         config: its settings.
@@ -125,7 +124,10 @@ class Sampler(Generic[Config, State]):
     state_class: ClassVar[type] = Stateless
     """Class of its state."""
     image_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of the state whose last dimension runs over the images, in slices given by [image_slice][]."""
+    """Fields of the state whose last dimension runs over the images, in slices given by [image_slice][]. A field of a
+    field is written `outer.inner`."""
+    derived_fields: ClassVar[tuple[str, ...]] = ("density",)
+    """Fields of the state that follow from the others, if it has them; written likewise."""
     needs_residual: ClassVar[bool] = False
     """Whether it needs the residual of a whole image now and then, which scenes cannot give."""
     is_uniform: ClassVar[bool] = False
@@ -166,7 +168,7 @@ class Sampler(Generic[Config, State]):
         return state
 
     def rebuild(self, state: State) -> State:
-        """Compute the density of a state from its other fields."""
+        """Compute the derived fields of a state from the others."""
         return state
 
     def image_slice(self, cache_index: int) -> slice:
@@ -186,8 +188,7 @@ class Sampler(Generic[Config, State]):
             raise SettingError(
                 "num_rays",
                 count,
-                f"too few for a {name} of {fraction}, which makes {number} of them uniform. Set it to {enough} or "
-                "more.",
+                f"too few for a {name} of {fraction}, which stands for {number} of them. Set it to {enough} or more.",
             )
         return number
 

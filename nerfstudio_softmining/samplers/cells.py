@@ -73,9 +73,18 @@ class Grid:
         start, end = self._starts[cache_index : cache_index + 2]
         return slice(start * self.tile_side**2, end * self.tile_side**2)
 
+    def cells_of(self, cache_index: int) -> Int64[Tensor, " n"]:
+        """Return all cells of an image."""
+        cells = self.cell_slice(cache_index)
+        return torch.arange(cells.start, cells.stop, device=self.images.device)
+
     def cell(self, samples: PixelSamples) -> Int64[Tensor, " n"]:
         """Return the cell that each sample is in."""
         return self.cell_at(self.images.cache_index[samples.image_index], samples.pixels)
+
+    def tile(self, samples: PixelSamples) -> Int64[Tensor, " n"]:
+        """Return the tile that each sample is in."""
+        return self.cell(samples) // self.tile_side**2
 
     def cell_at(self, cache_index: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]) -> Int64[Tensor, " n"]:
         """Return the cell that each pixel is in."""

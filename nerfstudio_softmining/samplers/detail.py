@@ -9,7 +9,7 @@ fall as powers of the rays spent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -25,6 +25,8 @@ from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
 from nerfstudio_softmining.samplers.registry import register
 from nerfstudio_softmining.settings import Fraction, NonNegative, PositiveCount
 
+ERROR_POWER = 0.5
+"""Power of the detail of a pixel that predicts its error."""
 INTERVAL_GROWTH = 1.25
 """Factor from one interval to the next."""
 DECAY = 0.5
@@ -35,8 +37,6 @@ LEVELS = 3
 """Levels of larger tiles, each twice the one before, that the smallest ones are shrunk towards."""
 MIN_TILE_SIDE = 4
 """Least side in cells of a tile."""
-TILE_BYTES = 32
-"""Memory of a tile beside that of its cells."""
 AHEAD = 1 << 15
 """Rays drawn at a time: a draw of many costs little more than one of few, as long as it fits the caches."""
 
@@ -77,8 +77,8 @@ class DetailState(NamedTuple):
     """Steps since the last correction."""
     seen: Float[Tensor, "3 tiles"]
     """Sums of observed errors, of their predictions, and of rays, by tile."""
-    factors: Float[Tensor, " tiles"]
-    """Factor on the density of each tile."""
+    ratio: Float[Tensor, " tiles"]
+    """Ratio of observed to predicted error of each tile."""
     pending: tuple[Observation, ...]
     """Observations that are not in `seen` yet."""
     ahead: PixelSamples | None
@@ -86,7 +86,7 @@ class DetailState(NamedTuple):
     num_uniform: int
     """Uniform rays of each of these."""
     density: PixelDensity | None
-    """Detail times factors; None where there is no detail at all."""
+    """Detail times a power of the ratio; None where there is no detail at all."""
 
 
 @register
@@ -99,13 +99,17 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
 
     config_class = DetailConfig
     state_class = DetailState
-    image_fields = ("seen", "factors")
+    image_fields = ("seen", "ratio")
     is_stratified = True
     photo_settings = {"alpha": 0.3}
 
+    tile_bytes: ClassVar[int] = 32
+    """Memory of a tile beside that of its cells."""
+
     def __init__(self, config: DetailConfig, context: SamplerContext, images: TrainingImages) -> None:
         super().__init__(config, context, images)
-        grid = self.make_grid("details", 1 + TILE_BYTES / MIN_TILE_SIDE**2, config.tile, MIN_TILE_SIDE, LEVELS)
+        bytes_per_cell = 1 + self.tile_bytes / MIN_TILE_SIDE**2
+        grid = self.make_grid("details", bytes_per_cell, config.tile, MIN_TILE_SIDE, LEVELS)
         self.grid = grid
         prior = PixelDensity.from_weights(
             grid, lambda index: priors.laplacian(images.image(index)) + config.floor, "Finding details"
@@ -122,7 +126,11 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
         return DetailState(interval, steps, seen, torch.ones_like(seen[0]), (), None, 0, None)
 
     def rebuild(self, state: DetailState) -> DetailState:
-        return state._replace(density=None if self.prior is None else self.prior.with_factors(state.factors))
+        if self.prior is None:
+            return state
+        exponent = self.config.error_exponent
+        factors = state.ratio if exponent == 1 else state.ratio.pow(exponent)  # which may take memory of its own
+        return state._replace(density=self.prior.with_factors(factors))
 
     def draw(self, state: DetailState, count: int) -> tuple[Samples, DetailState]:
         num_uniform = self.num_uniform(state, count)
@@ -158,7 +166,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
         device = self.images.device
         indices, error = (torch.cat(parts).to(device) for parts in zip(*state.pending, strict=True))
         cell = self.grid.cell_at(self.images.cache_index[indices[:, 0]], indices[:, 1:])
-        predicted = dens.relative_weight(self.prior.table, cell).sqrt()
+        predicted = dens.relative_weight(self.prior.table, cell, ERROR_POWER)
         is_known = error.isfinite()
         error, predicted = torch.where(is_known, torch.stack((error, predicted)), 0.0)
         # on the scale of the errors of now: they fall while training, and tiles are seen at different times
@@ -168,11 +176,11 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
         return state._replace(pending=())
 
     def _correct(self, state: DetailState) -> DetailState:
-        """Scale the density of each tile by the ratio of its error to the prediction, and begin the next interval."""
+        """Estimate the ratio of each tile's error to the prediction anew, and begin the next interval."""
         observed, predicted, rays = state.seen
         prior_strength = self.config.prior_strength * observed.sum() / rays.sum()
         ratio = shrunk_ratio(observed, predicted, self.grid.tile_parents(), prior_strength)
-        factors = ratio.nan_to_num(1.0).clamp(1 / MAX_RATIO, MAX_RATIO).pow(self.config.error_exponent)
+        ratio = ratio.nan_to_num(1.0).clamp(1 / MAX_RATIO, MAX_RATIO)
         interval = max(int(state.interval * INTERVAL_GROWTH), state.interval + 1)
-        state = state._replace(interval=interval, steps=0, seen=state.seen.mul_(DECAY), factors=factors, ahead=None)
+        state = state._replace(interval=interval, steps=0, seen=state.seen.mul_(DECAY), ratio=ratio, ahead=None)
         return self.rebuild(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -10,38 +11,42 @@ from torch import Tensor
 from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerConfig, SamplerContext, Samples
 from nerfstudio_softmining.samplers.images import TrainingImages
 
-DERIVED = "density"
-"""Field of a state that follows from the others."""
-
 
 def save(state: Any, exclude: tuple[str, ...] = ()) -> Any:
     """Turn a state into dictionaries, lists, tensors and numbers, as a checkpoint can hold it.
 
     Args:
         state: a NamedTuple, or anything that one is made of.
-        exclude: fields to leave out.
+        exclude: fields to leave out; a field of a field as `outer.inner`.
     """
     if hasattr(state, "_asdict"):
-        return {name: save(value) for name, value in state._asdict().items() if name not in exclude}
+        inner = {
+            name: tuple(path[len(name) + 1 :] for path in exclude if path.startswith(f"{name}."))
+            for name in state._fields
+        }
+        return {name: save(value, inner[name]) for name, value in state._asdict().items() if name not in exclude}
     if isinstance(state, tuple):
         return [save(value) for value in state]
     return state.clone() if isinstance(state, Tensor) else state
 
 
-def load(kind: Any, saved: Any, device: torch.device) -> Any:
+def load(kind: Any, saved: Any, device: torch.device, default: Any = None) -> Any:
     """Return what [save][] was given, with its tensors on a device.
 
     Args:
         kind: type of the value, such as the class of the state.
         saved: what [save][] returned.
         device: where the tensors go.
+        default: a value of the same type, whose fields stand in for those that were left out.
     """
     if isinstance(saved, Tensor):
         return saved.to(device)
     if isinstance(saved, dict):
         record = next(part for part in (kind, *get_args(kind)) if hasattr(part, "_fields"))
         hints = get_type_hints(record)
-        return record(**{name: load(hints[name], value, device) for name, value in saved.items()})
+        defaults = default._asdict() if default is not None else {}
+        loaded = {name: load(hints[name], value, device, defaults.get(name)) for name, value in saved.items()}
+        return record(**(defaults | loaded))
     if isinstance(saved, list):
         return tuple(load(get_args(kind)[0], value, device) for value in saved)
     return saved
@@ -107,7 +112,7 @@ class SamplerRun:
         """Return the image fields of all images known, by image index."""
         parts, sampler = dict(self.evicted), self.sampler
         if sampler.image_fields:
-            fields = {name: getattr(state, name).cpu() for name in sampler.image_fields}
+            fields = {name: attrgetter(name)(state).cpu() for name in sampler.image_fields}
             for index, image in enumerate(sampler.images.image_index.tolist()):
                 part = sampler.image_slice(index)
                 parts[image] = {name: field[..., part].clone() for name, field in fields.items()}
@@ -119,7 +124,7 @@ class SamplerRun:
         for index, image in enumerate(sampler.images.image_index.tolist() if sampler.image_fields else ()):
             part = sampler.image_slice(index)
             for name, values in self.evicted.get(image, {}).items():
-                field = getattr(state, name)
+                field = attrgetter(name)(state)
                 if values.shape[-1] == part.stop - part.start:
                     field[..., part] = values.to(field.device)
         return sampler.rebuild(state)
@@ -127,7 +132,7 @@ class SamplerRun:
     def state_dict(self) -> dict[str, Any]:
         """Return all that it takes to go on bit for bit, as a checkpoint can hold it."""
         return {
-            "state": save(self.state, (DERIVED, *self.sampler.image_fields)),
+            "state": save(self.state, (*self.sampler.derived_fields, *self.sampler.image_fields)),
             "images": self.sampler.images.image_index,
             "by_image": self._by_image(self.state),
         }
@@ -136,9 +141,7 @@ class SamplerRun:
         """Go on from a checkpoint; as from other images where these are not those of the checkpoint."""
         sampler, device = self.sampler, self.sampler.images.device
         self.evicted = saved["by_image"]
-        start = sampler.init()
-        fields = {name: getattr(start, name) for name in (DERIVED, *sampler.image_fields) if hasattr(start, name)}
-        state = load(sampler.state_class, {**saved["state"], **fields}, device)
+        state = load(sampler.state_class, saved["state"], device, sampler.init())
         if not torch.equal(saved["images"].to(device), sampler.images.image_index):
             state = sampler.init(state)
         self.state = self._restored(state)

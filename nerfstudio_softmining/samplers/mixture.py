@@ -1,0 +1,232 @@
+"""Metropolis chains, a map of detail and error, and uniform rays in one batch. This plugin's own.
+
+Each part has a role. The chains find where the error is, at the scale of their steps, and within a tile their rays
+follow the predicted error. The map, that of [detail][nerfstudio_softmining.samplers.detail], covers detail more
+densely. Its rays also propose new starts to the chains. Uniform rays cover what neither expects. All rays are weighted
+by the density of the whole mixture, the balance heuristic of Veach and Guibas (SIGGRAPH 1995).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from nerfstudio_softmining.errors import SettingError
+from nerfstudio_softmining.mining import density as dens
+from nerfstudio_softmining.mining import metropolis
+from nerfstudio_softmining.mining.records import concatenate, take, where
+from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerContext, Samples, pixel_centres
+from nerfstudio_softmining.samplers.cells import PixelDensity
+from nerfstudio_softmining.samplers.detail import ERROR_POWER, Detail, DetailConfig, DetailState
+from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
+from nerfstudio_softmining.samplers.registry import register
+from nerfstudio_softmining.settings import Fraction, NonNegative, PositiveCount
+
+
+@dataclass
+class MixtureConfig(DetailConfig):
+    """Settings of the sampler mixture."""
+
+    chain_fraction: Fraction = 0.4
+    """Fraction of each batch that follows the chains, in [0, 1]."""
+    uniform_fraction: Fraction = 0.1
+    """Fraction of each batch that is drawn uniformly over all images, in [0, 1]; the rest is drawn from the map."""
+    error_exponent: NonNegative = 1.0
+    """Power of the ratio of observed to predicted error that scales the density of the map; 0 leaves the detail
+    alone."""
+    pool_size: PositiveCount = 8
+    """Chains for each ray that follows one. They take turns, so that rays of successive batches are far apart."""
+    noise: NonNegative = 2e-2
+    """Standard deviation of a chain's step, in image sides (geometric mean of height and width)."""
+    restart_fraction: Fraction = 0.3
+    """Fraction of the chains to which a ray of the map is proposed as a new start after each step, in [0, 1]."""
+    memory: Fraction = 0.95
+    """Factor on what a chain has seen after each of its steps, as the model learns."""
+
+
+class Chains(NamedTuple):
+    """Chains on the images, and what they have seen there."""
+
+    image_index: Int64[Tensor, " n"]
+    """Image that each chain is on."""
+    position: Float[Tensor, "n 2"]
+    """Row and column there, in pixels."""
+    proposed: Float[Tensor, "n 2"]
+    """Row and column of the step that the chain may take, to a tile in which its ray was drawn."""
+    ratio: Float[Tensor, " n"]
+    """Ratio of observed to predicted error of that place, when it was seen; 0 before."""
+
+
+class MixtureState(NamedTuple):
+    """The state of the map, and the chains."""
+
+    map: DetailState
+    """What is known of the tiles."""
+    chains: Chains
+    """The pool; more chains than the batch has, after it has shrunk."""
+    total_error: Float[Tensor, ""]
+    """Sum of the predicted errors of all cells, times the ratio of observed to predicted error."""
+
+
+class _Map(Detail):
+    """The map, in a grid that leaves room for what the chains need."""
+
+    tile_bytes = Detail.tile_bytes + 6
+
+
+@register
+class Mixture(Sampler[MixtureConfig, MixtureState]):
+    """Mix Metropolis chains, detail corrected by the error of tiles, and uniform rays.
+
+    Takes 0.85 bytes a training pixel, in cells of 2 x 2. Map and uniform rays are drawn for some steps together, and
+    the chains move at each step: O(batch) a step. Corrections of the map cost O(tiles), at growing intervals.
+    """
+
+    config_class = MixtureConfig
+    state_class = MixtureState
+    image_fields = ("map.seen", "map.ratio")
+    derived_fields = ("map.density", "total_error")
+    photo_settings = {"alpha": 0.3, "noise": 1e-3}
+
+    def __init__(self, config: MixtureConfig, context: SamplerContext, images: TrainingImages) -> None:
+        super().__init__(config, context, images)
+        if config.chain_fraction + config.uniform_fraction > 1:
+            raise SettingError(
+                "chain_fraction",
+                config.chain_fraction,
+                f"more than is left beside a uniform_fraction of {config.uniform_fraction}. Their sum is at most 1.",
+            )
+        self.map = _Map(config, context, images)
+        grid, prior = self.map.grid, self.map.prior
+        self.area = torch.zeros(grid.num_tiles, dtype=torch.float16, device=images.device)
+        """Valid pixels of each tile, in cells, by their weight in a uniform draw."""
+        self.predicted = torch.zeros(grid.num_tiles, device=images.device)
+        """Sum of the predicted errors of the cells of each tile."""
+        for index in range(images.num_cached):
+            tiles, weights = grid.tile_slice(index), grid.pixel_weights(index)
+            self.area[tiles] = weights.view(-1, grid.tile_side**2).sum(dim=1)
+            if prior is not None:
+                predicted = dens.relative_weight(prior.table, grid.cells_of(index), ERROR_POWER)
+                self.predicted[tiles] = predicted.view(-1, grid.tile_side**2).sum(dim=1)
+
+    def image_slice(self, cache_index: int) -> slice:
+        return self.map.image_slice(cache_index)
+
+    def init(self, previous: MixtureState | None = None) -> MixtureState:
+        state = self.map.init(None if previous is None else previous.map)
+        density = self.map.rebuild(state).density
+        chains = self._start(density, 0) if previous is None else previous.chains
+        if previous is not None:
+            restarted = self._start(density, len(chains.ratio))
+            chains = where(self.images.contains(_samples(chains)), chains, restarted)
+        return MixtureState(state, chains, torch.zeros((), device=self.images.device))
+
+    def _start(self, density: PixelDensity | None, count: int) -> Chains:
+        """Return chains at places that the map draws, which they leave for the first ones that they see."""
+        start = self.images.uniform(count) if density is None else density.draw(count)
+        return Chains(start.image_index, start.position, start.position, torch.zeros_like(start.density_ratio))
+
+    def rebuild(self, state: MixtureState) -> MixtureState:
+        total_error = (self.predicted * state.map.ratio).sum()
+        return state._replace(map=self.map.rebuild(state.map), total_error=total_error)
+
+    def flush(self, state: MixtureState) -> MixtureState:
+        return state._replace(map=self.map.flush(state.map))
+
+    def draw(self, state: MixtureState, count: int) -> tuple[Samples, MixtureState]:
+        density = state.map.density
+        if density is None:
+            return Samples(self.images.uniform(count), count), state
+        num_chains, num_uniform = self._num_chains(count), self.num_of_fraction("uniform_fraction", count)
+        num_drawn = count - num_chains - num_uniform
+        missing = self.config.pool_size * num_chains - len(state.chains.ratio)
+        if missing > 0:
+            state = state._replace(chains=concatenate(state.chains, self._start(density, missing)))
+        chains, others = take(state.chains, slice(num_chains)), take(state.chains, slice(num_chains, None))
+        chains, samples = self._propose(chains, density)
+        state = state._replace(chains=concatenate(chains, others))
+        if num_chains < count:
+            rest, map_state = self.map.next_batch(state.map, num_drawn, num_uniform)
+            samples, state = concatenate(samples, rest), state._replace(map=map_state)
+        by_chains, by_map = self._chain_density(state, density, samples), density.density_ratio(samples)
+        ratio = (num_chains * by_chains + num_drawn * by_map + num_uniform) / count
+        follows_importance = torch.zeros_like(samples.follows_importance)
+        samples = samples._replace(density_ratio=ratio, follows_importance=follows_importance)
+        return Samples(samples, num_uniform), state
+
+    def _propose(self, chains: Chains, density: PixelDensity) -> tuple[Chains, PixelSamples]:
+        """Propose a step to each chain. Draw a ray in the tile there, in proportion to the predicted error."""
+        place, grid = _samples(chains), self.map.grid
+        eta = torch.empty_like(place.position).normal_(generator=self.context.generator)
+        stepped = place._replace(position=place.position + self.config.noise * self.images.side(place) * eta)
+        stepped = where(self.images.contains(stepped), stepped, place)
+        stepped = where(self.predicted[grid.tile(stepped)] > 0, stepped, place)
+        cell = dens.draw_within(density.table, grid.tile(stepped), ERROR_POWER, self.context.generator)
+        return chains._replace(proposed=stepped.position), grid.draw_within(cell)[0]
+
+    def _chain_density(self, state: MixtureState, density: PixelDensity, samples: PixelSamples) -> Float[Tensor, " n"]:
+        """Return the density p / u of rays that follow chains: that of the expected error."""
+        grid, table = self.map.grid, density.table
+        cell = grid.cell(samples)
+        error = dens.relative_weight(table, cell, ERROR_POWER) * state.map.ratio[cell // grid.tile_side**2]
+        return self.images.density_ratio(error / state.total_error / grid.num_valid(cell), samples)
+
+    def _num_chains(self, count: int) -> int:
+        return self.num_of_fraction("chain_fraction", count)
+
+    def update(self, state: MixtureState, batch: MiningBatch, applied: Tensor | bool) -> MixtureState:
+        if state.map.density is None:
+            return state
+        num_chains = self._num_chains(len(batch.indices))
+        if applied is not False:
+            chains, others = take(state.chains, slice(num_chains)), take(state.chains, slice(num_chains, None))
+            moved = concatenate(others, self._move(chains, state.map.density, batch))
+            if isinstance(applied, Tensor):
+                moved = where(applied.to(self.images.device), moved, state.chains)
+            state = state._replace(chains=moved)
+        updated = self.map.update(state.map, batch, applied)
+        is_corrected = updated.density is not state.map.density
+        state = state._replace(map=updated)
+        return self.rebuild(state) if is_corrected else state
+
+    def _move(self, chains: Chains, density: PixelDensity, batch: MiningBatch) -> Chains:
+        """Let each chain choose between its place, the ray that it stepped to, and for some a ray of the map."""
+        assert batch.importance is not None
+        count = len(chains.ratio)
+        seen = pixel_centres(self.images, batch)
+        importance = batch.importance.to(self.images.device).nan_to_num(0.0, 0.0, 0.0)
+        predicted = dens.relative_weight(density.table, self.map.grid.cell(seen), ERROR_POWER)
+        rays = Chains(seen.image_index, seen.position, seen.position, importance / predicted)
+        aged = chains._replace(ratio=self.config.memory * chains.ratio)
+        stepped = take(rays, slice(count))._replace(position=chains.proposed)
+        chains = self._choose(aged, stepped, density, is_step=True)
+        num_drawn = len(importance) - count - batch.num_uniform
+        num_asked = min(round(self.config.restart_fraction * count), num_drawn)
+        asked, others = take(chains, slice(num_asked)), take(chains, slice(num_asked, None))
+        # rays of the map are in the order of its tiles
+        turn = torch.arange(num_asked, device=self.images.device) * num_drawn // max(num_asked, 1)
+        drawn = take(rays, count + turn)
+        # in turn: those to which a ray of the map was proposed are the last to be asked again
+        return concatenate(others, self._choose(asked, drawn, density, is_step=False))
+
+    def _choose(self, chains: Chains, proposed: Chains, density: PixelDensity, is_step: bool) -> Chains:
+        """Return the chains, moved to the places proposed to them where they accept these."""
+
+        def weight(place: Chains) -> Tensor:
+            tile, table = self.map.grid.tile(_samples(place)), density.table
+            # a step finds a tile in proportion to its area, the map by its own density
+            found = self.area[tile] if is_step else (table.sums[tile] * table.factors[tile]).float()
+            return place.ratio * self.predicted[tile] / found
+
+        is_accepted = metropolis.accepts(weight(chains), weight(proposed), self.context.generator)
+        return where(is_accepted, proposed, chains)
+
+
+def _samples(chains: Chains) -> PixelSamples:
+    """Return the places of chains as samples."""
+    ratio = torch.ones_like(chains.ratio)
+    return PixelSamples(chains.image_index, chains.position, ratio, torch.zeros_like(ratio, dtype=torch.bool))

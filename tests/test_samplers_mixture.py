@@ -1,0 +1,92 @@
+"""Laws of the sampler mixture: where its chains settle, and that all of its rays have the density that they say."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from sampler_cases import BATCH_KEY, EACH_CASE, Case, feed, make_sampler
+from torch import Tensor
+
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSampler
+
+LARGE = Case(((40, 24), (17, 48)), masked=False, ids=(3, 1))
+
+
+def importance_of(case: Case, side: int, tile: int) -> Tensor:
+    """An importance of each pixel as the sampler expects it: the root of detail, times a factor of each tile."""
+    size = dict(zip(case.ids, case.sizes, strict=True))
+    factor = torch.empty(len(case.pixels())).double()
+    for place, (i, *at) in enumerate(case.pixels().tolist()):
+        cell = [x * math.ceil(length / side) // length for x, length in zip(at, size[i], strict=True)]
+        factor[place] = (0.2, 1.0, 0.5)[(cell[0] // tile + 2 * (cell[1] // tile) + i) % 3]
+    mass = case.mass().clamp_min(1e-9)
+    return (case.detail(side) / mass * mass.max()).sqrt() * factor
+
+
+def run(case: Case, steps: int, first: int, importance: Tensor, **changes):
+    """Yield the rays of each batch from the given step on, of a sampler whose importance does not change."""
+    sampler: MiningPixelSampler = make_sampler(300, kind="mixture", interval=8, memory=1.0, **changes, **case.settings)
+    batch = case.batch()
+    for number in range(steps):
+        mining = sampler.sample(batch)[BATCH_KEY]
+        if number >= first:
+            yield sampler, mining
+        sampler.update(feed(mining, importance=importance[case.place(mining.indices)].float()))
+
+
+@EACH_CASE
+def test_weighted_rays_are_an_unbiased_estimate_of_the_uniform_mean(case):
+    """Of several functions of the pixel; with the density of the chains as the map estimates it."""
+    importance = importance_of(case, 1, 4)
+    values = torch.stack((torch.ones_like(importance), importance, 1.0 + case.pixels()[:, 2]))
+    sums, count = torch.zeros(3).double(), 0
+    for _, mining in run(case, 450, 150, importance, cell_size=1, tile=4):
+        sums += (values[:, case.place(mining.indices)] / mining.density_ratio).sum(dim=1)
+        count += len(mining.indices)
+    torch.testing.assert_close(sums / count, values @ case.uniform(), rtol=0.04, atol=0)
+
+
+def test_chains_settle_in_proportion_to_the_importance():
+    importance, tiles = importance_of(LARGE, 1, 8), LARGE.pixels() // torch.tensor((1, 8, 8))
+    law: dict[tuple, float] = defaultdict(float)
+    counts: dict[tuple, int] = defaultdict(int)
+    for key, q in zip(tiles.tolist(), importance.tolist(), strict=True):
+        law[tuple(key)] += q
+    for sampler, _ in run(LARGE, 500, 200, importance, cell_size=1):
+        chains = sampler.run.state.chains
+        for key in torch.cat((chains.image_index[:, None], chains.position.long() // 8), dim=1).tolist():
+            counts[tuple(key)] += 1
+    ours, theirs = (torch.tensor([float(part[key]) for key in law]) for part in (counts, law))
+    assert sum(counts.values()) == ours.sum() and theirs.max() > 5 * theirs.min()  # or this would be no test
+    assert (
+        ours / ours.sum() - theirs / theirs.sum()
+    ).abs().sum() < 0.15  # a start from the map is not even within its tile
+
+
+def test_chains_take_turns():
+    """So that a ray of a batch and that of the next one are of different chains."""
+    sampler, case = make_sampler(100, kind="mixture", chain_fraction=0.5, pool_size=3), LARGE
+    batch, pools = case.batch(), []
+    for _ in range(4):
+        mining = sampler.sample(batch)[BATCH_KEY]
+        pools.append(sampler.run.state.chains.position)
+        sampler.update(feed(mining, importance=torch.zeros(100)))
+    assert len(pools[0]) == 150
+    assert torch.equal(pools[1][:100], pools[0][50:])
+
+
+def test_fractions_that_exceed_the_batch_are_named():
+    sampler = make_sampler(100, kind="mixture", chain_fraction=0.7, uniform_fraction=0.4)
+    with pytest.raises(UserError, match=r"mixture.chain-fraction is 0.7: more than is left beside a uniform_fraction"):
+        sampler.sample(LARGE.batch())
+
+
+@pytest.mark.parametrize("chain_fraction", [0.0, 0.6, 1.0])
+def test_the_batch_may_be_of_any_parts(chain_fraction):
+    settings = dict(chain_fraction=chain_fraction, uniform_fraction=0.4 if chain_fraction < 1 else 0.0)
+    for _, mining in run(LARGE, 5, 0, importance_of(LARGE, 2, 4), **settings):
+        assert len(mining.indices) == 300 and mining.num_uniform == round(300 * settings["uniform_fraction"])
