@@ -207,9 +207,10 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         num_drawn = len(importance) - count - batch.num_uniform
         num_asked = min(round(self.config.restart_fraction * count), num_drawn)
         asked, others = take(chains, slice(num_asked)), take(chains, slice(num_asked, None))
-        # rays of the map are in the order of its tiles
+        # rays of the map are in the order of its tiles, and the same place in that order is the same part of the images
+        first = torch.randint(max(num_drawn, 1), (), generator=self.context.generator, device=self.images.device)
         turn = torch.arange(num_asked, device=self.images.device) * num_drawn // max(num_asked, 1)
-        drawn = take(rays, count + turn)
+        drawn = take(rays, count + (first + turn) % max(num_drawn, 1))
         # in turn: those to which a ray of the map was proposed are the last to be asked again
         return concatenate(others, self._choose(asked, drawn, density, is_step=False))
 
