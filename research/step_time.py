@@ -55,7 +55,7 @@ def main(
     data: Path,
     scene: str = "nerf_llff_data/fern",
     method: str = "softmining-nerfacto-lite-llff",
-    sampler: str = "mixture",
+    sampler: str = "detail",
     image_scale: float = 0.5,
     rounds: int = 6,
     steps: int = 30,

@@ -62,9 +62,8 @@ def test_chains_settle_in_proportion_to_the_importance():
             counts[tuple(key)] += 1
     ours, theirs = (torch.tensor([float(part[key]) for key in law]) for part in (counts, law))
     assert sum(counts.values()) == ours.sum() and theirs.max() > 5 * theirs.min()  # or this would be no test
-    assert (
-        ours / ours.sum() - theirs / theirs.sum()
-    ).abs().sum() < 0.15  # a start from the map is not even within its tile
+    difference = ours / ours.sum() - theirs / theirs.sum()
+    assert difference.abs().sum() < 0.15  # a start from the map is not even within its tile
 
 
 def test_chains_take_turns():
