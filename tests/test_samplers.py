@@ -786,6 +786,7 @@ def test_any_cache_can_be_drawn_from(cache, kind, rays, side, panorama):
     batch, masks = cache
     changes = dict(uniform_fraction=0.0) if kind in ("edge", "langevin", "multinomial", "detail") else {}
     changes |= dict(side=side) if kind == "multinomial" else {}
+    rays = max(rays, 6) if kind == "mixture" else rays  # each of its three parts needs a ray
     sampler = make_sampler(
         rays, 4, kind=kind, cell_size=side, is_equirectangular=panorama, **QUICK.get(kind, {}) | changes
     )
