@@ -49,7 +49,7 @@ class MiningPixelSamplerConfig(_SamplerGroups, PixelSamplerConfig):
 
     _target: type = field(default_factory=lambda: MiningPixelSampler)
     """Target class to instantiate."""
-    kind: Annotated[Kind, tyro.conf.arg(help=KIND_HELP)] = "detail"
+    kind: Annotated[Kind, tyro.conf.arg(help=KIND_HELP)] = "mixture"
     """Name of the sampler."""
     cell_size: PositiveCount = 2
     """Side in pixels of the cells that maps of edges, contrast and errors are kept in."""
