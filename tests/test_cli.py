@@ -144,7 +144,7 @@ def test_nothing_of_an_earlier_demo_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_rays_are_drawn_from_the_last_checkpoint(tmp_path: Path) -> None:
-    """As the sampler has learnt to: most where errors were nine times as large, although all images look the same."""
+    """As the sampler has learnt to: where errors were large, although all images look the same."""
     folder = tmp_path / "nerfstudio_models"
     folder.mkdir()
     images = [np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)] * 3
@@ -152,13 +152,13 @@ def test_rays_are_drawn_from_the_last_checkpoint(tmp_path: Path) -> None:
     batch |= {"image": [torch.from_numpy(image) / 255 for image in images]}
     for _ in range(40):
         rays = sampler.sample(batch)
-        sampler.update(feed(rays["mining"], importance=0.1 + 0.8 * (rays["indices"][:, 0] == 1)))
+        sampler.update(feed(rays["mining"], importance=0.02 + 0.88 * (rays["indices"][:, 0] == 1)))
     state = {"pipeline": {"datamanager._extra_state": {"sampler": sampler.state_dict()}}}
     (folder / "step-000000499.ckpt").write_text("an older one")
     torch.save(state, folder / "step-000000999.ckpt")
     indices = demo.next_rays(tmp_path, images)
     counts = np.bincount(indices[:, 0], minlength=3)
-    assert len(indices) == demo.SHOWN_RAYS and counts[1] > 2 / 3 * len(indices)
+    assert len(indices) == demo.SHOWN_RAYS and counts[1] > 0.8 * len(indices)
     figure = demo.rays_figure(images, indices)
     drawn = [axis.collections[0].get_offsets() for axis in figure.axes]
     assert [len(points) for points in drawn] == sorted(counts, reverse=True)
