@@ -118,7 +118,7 @@ def _lite(name: str, dataparser: DataParserConfig, **model: Any) -> TrainerConfi
     config.pipeline.datamanager.train_num_rays_per_batch = 512
     config.pipeline.datamanager.eval_num_rays_per_batch = 1024
     for group in ("proposal_networks", "fields"):
-        config.optimizers[group]["scheduler"] = ExponentialDecaySchedulerConfig(lr_final=1e-3)
+        config.optimizers[group]["scheduler"] = ExponentialDecaySchedulerConfig(lr_final=4e-3)
     return config
 
 
