@@ -51,7 +51,7 @@ def timed_step(fit: Fit) -> list[float]:
     marks = [_now()]
     batch, position = fit.draw()
     marks.append(_now())
-    truth = fit.truth(position)
+    truth = fit.photo.at(batch.indices[:, 1:])
     marks.append(_now())
     features = fit.field.encoding(position / fit.size)
     marks.append(_now())

@@ -204,37 +204,54 @@ def test_points_go_to_where_the_error_is(sampler):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("photo_gradient", [True, False])
 @pytest.mark.parametrize("setting", ["alpha=0.6", "weight_by=importance"])
-def test_what_drives_the_chains_is_the_gradient_of_the_logarithm_of_the_error(
-    photo_gradient, channels, setting, monkeypatch
-):
-    photo = make_photo(channels=channels)
-    fit = make_fit(f"langevin,alpha_warmup=0,{setting}", photo, photo_gradient=photo_gradient)
+def test_what_drives_the_chains_is_the_gradient_of_the_logarithm_of_the_error(channels, setting, monkeypatch):
+    fit = make_fit(f"langevin,alpha_warmup=0,{setting}", make_photo(channels=channels))
     steps(fit, 60)
-    field, photo = copy.deepcopy(fit.field).double(), Photo(fit.photo.values.double(), fit.photo.encoding)
+    field = copy.deepcopy(fit.field).double()
     updates = []
     monkeypatch.setattr(fit.run, "update", updates.append)
     fit.step()
     (batch,) = updates
     ours = langevin.grad_log_importance(batch.coords.grad, batch.weighted_error.grad, batch.weighted_error.detach())
     place = batch.coords.detach().double()
-    assert len(place) == SMALL["batch"] and not torch.equal(place, place.round())
+    assert len(place) == SMALL["batch"]
+    truth = fit.photo.at(place.long()).double()
 
     def log_error(position: Tensor) -> Tensor:
-        truth = photo.lookup(position if photo_gradient else place)
         with torch.no_grad():
             prediction = field.network(field.encoding(position / fit.size.double()))
         return (prediction - truth).norm(dim=-1).log()
 
-    small = 1e-6
-    differences = torch.stack(
-        [(log_error(place + unit) - log_error(place - unit)) / (2 * small) for unit in small * torch.eye(2).double()],
-        dim=-1,
-    )
-    assert differences.abs().mean() > 0.05
-    wrong = (ours - differences).norm(dim=-1) > 2e-3 * (1 + differences.norm(dim=-1))
-    assert wrong.double().mean() < 0.02  # at kinks
+    units, here = 1e-6 * torch.eye(2).double(), log_error(place)
+    ahead = torch.stack([log_error(place + unit) - here for unit in units], dim=-1) / 1e-6
+    behind = torch.stack([here - log_error(place - unit) for unit in units], dim=-1) / 1e-6
+    is_smooth = (ahead - behind).norm(dim=-1) < 1e-3 * (1 + ahead.norm(dim=-1))  # not where cells of the field meet
+    assert is_smooth.double().mean() > 0.4 and ahead.abs().mean() > 0.05
+    torch.testing.assert_close(ours[is_smooth].double(), ahead[is_smooth], rtol=5e-3, atol=5e-3)
+
+
+def test_the_colours_of_pixels_are_fitted_at_their_centres(monkeypatch):
+    fit = make_fit("langevin")
+    seen = []
+    monkeypatch.setattr(fit, "loss", lambda truth, prediction: (seen.append(truth), prediction.mean())[1])
+    monkeypatch.setattr(fit.run, "update", lambda batch: None)
+    fit.field.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    before = fit.run.state
+    fit.step()
+    points, truth = seen
+    pixels = points * fit.size - 0.5
+    torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-4)
+    assert torch.equal(truth, fit.photo.at(pixels.round().long()))
+    assert len(pixels.round().unique(dim=0)) > 0.5 * len(pixels) and fit.run.state is not before
+
+
+def test_chains_keep_their_places_within_pixels():
+    fit = steps(make_fit("langevin,noise=1e-5,drift=0,reinit_fraction=0,uniform_fraction=0"), 1)
+    before = fit.run.state.chains.position.clone()
+    steps(fit, 5)
+    moved = (fit.run.state.chains.position - before).abs().amax(dim=-1)
+    assert (moved < 0.01).float().mean() > 0.95 and (before - before.floor() - 0.5).abs().mean() > 0.2
 
 
 def test_only_chains_that_drift_ask_for_a_gradient():

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_cases import make_photo, photo_of, picture
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images import photo as photos
-from nerfstudio_softmining.images.photo import Encoding, Photo
+from nerfstudio_softmining.images.photo import Encoding
 
 LAW = settings(max_examples=40, deadline=None, derandomize=True)
 LIMITS = {"uint8": 255, "uint16": 65535}
@@ -181,63 +180,6 @@ def test_predictions_out_of_range_are_written_as_the_ends(dtype):
     assert decoded[0, 0, 3] == limit and (decoded[0, 1] == 0).all()
     if dtype != "float32":
         assert decoded[0, 0, :2].tolist() == [limit, 0]
-
-
-def bilinear(values: torch.Tensor, row: float, column: float) -> torch.Tensor:
-    """By loops: each pixel's value times how near its centre is along rows and columns."""
-    height, width, channels = values.shape
-    row, column = min(max(row, 0.5), height - 0.5), min(max(column, 0.5), width - 0.5)
-    result = torch.zeros(channels).double()
-    for r in range(height):
-        for c in range(width):
-            result += max(0, 1 - abs(row - r - 0.5)) * max(0, 1 - abs(column - c - 0.5)) * values[r, c].double()
-    return result
-
-
-@LAW
-@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([1, 3, 4]), st.integers(0, 99))
-def test_lookup_is_bilinear_and_beyond_the_border_the_outermost(height, width, channels, seed):
-    photo, random = make_photo(height, width, channels, seed), torch.Generator().manual_seed(seed)
-    size = torch.tensor((height, width))
-    position = torch.rand(12, 2, generator=random) * (size + 2) - 1
-    corners = torch.tensor([(0.0, 0.0), (height, width), (0.0, width), (height / 2, width / 2)])
-    position = torch.cat((position, corners))
-    values = photo.lookup(position)
-    expected = torch.stack([bilinear(photo.values, *place) for place in position.tolist()])
-    torch.testing.assert_close(values.double(), expected, rtol=0, atol=2e-6)
-    normal = (2 * position / size - 1).flip(-1)[None, None]
-    sampled = F.grid_sample(
-        photo.values.permute(2, 0, 1)[None], normal, align_corners=False, padding_mode="border", mode="bilinear"
-    )
-    torch.testing.assert_close(values, sampled[0, :, 0].t(), rtol=0, atol=5e-6)
-
-
-def test_at_the_centres_of_pixels_lookup_gives_the_pixels():
-    photo = make_photo(11, 13)
-    pixels = torch.cartesian_prod(torch.arange(11), torch.arange(13))
-    assert torch.equal(photo.lookup(pixels + 0.5), photo.values.flatten(0, 1))
-    assert torch.equal(photo.at(pixels), photo.values.flatten(0, 1))
-
-
-def test_the_gradient_of_lookup_is_that_of_finite_differences():
-    photo = make_photo(9, 6)
-    photo = Photo(photo.values.double(), photo.encoding)
-    position = torch.rand(80, 2, generator=torch.Generator().manual_seed(0)).double() * torch.tensor((11.0, 8.0)) - 1
-    kinks = ((position - 0.5) - (position - 0.5).round()).abs().amin(dim=-1)
-    position = position[kinks > 1e-3].requires_grad_()
-    assert torch.autograd.gradcheck(photo.lookup, position, eps=1e-5, atol=1e-7)
-    (gradient,) = torch.autograd.grad(photo.lookup(position).square().sum(), position)
-    beyond = (position < 0.5) | (position > torch.tensor((8.5, 5.5)))
-    assert beyond.any() and (gradient[beyond] == 0).all() and (gradient[~beyond] != 0).all()
-
-
-def test_of_a_single_pixel_there_is_one_value(tmp_path):
-    photo = photos.read(save(integers("uint8", 3)[:1, :1], tmp_path / "one.png"))
-    assert photo.size == (1, 1)
-    position = torch.tensor([(0.0, 0.0), (0.5, 0.5), (0.999, 0.1)], requires_grad=True)
-    assert torch.equal(photo.lookup(position), photo.values[0].expand(3, 3))
-    (gradient,) = torch.autograd.grad(photo.lookup(position).sum(), position)
-    assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-6, 1e30])

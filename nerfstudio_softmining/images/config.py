@@ -19,8 +19,6 @@ class FitConfig:
     """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling; None is 0.3 for detail, else 0.6."""
     weight_by: Literal["density", "importance"] = "density"
     """Weight a point by the density it was drawn with, which is Q only for the chains, or any point by its Q."""
-    photo_gradient: bool = True
-    """Let the photograph's own gradient take part in that of log Q, which drives the chains."""
     learning_rate: Positive = 0.01
     """Learning rate of Adam."""
     decay_at: tuple[int, ...] = (20_000, 30_000)

@@ -1,4 +1,4 @@
-"""Photographs: reading any file that OpenCV reads, values between pixels, and writing as the file was."""
+"""Photographs: reading any file that OpenCV reads, and writing as the file was."""
 
 from __future__ import annotations
 
@@ -85,23 +85,6 @@ class Photo:
     def size(self) -> tuple[int, int]:
         """Return height and width in pixels."""
         return self.values.shape[0], self.values.shape[1]
-
-    def lookup(self, position: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Return values at (row, column) in pixels, bilinear between the centres of pixels; pixel (0, 0) is [0, 1)^2.
-
-        Differentiable with respect to the position; beyond the outermost centres the values are theirs.
-        """
-        height, width, channels = self.values.shape
-        row, column = (position - 0.5).unbind(-1)
-        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
-        top, left = row.detach().long(), column.detach().long()
-        down, across = (row - top)[:, None], (column - left)[:, None]
-        bottom, right = (top + 1).clamp_max(height - 1), (left + 1).clamp_max(width - 1)
-        flat = self.values.view(-1, channels)
-        index = torch.stack((top * width + left, top * width + right, bottom * width + left, bottom * width + right))
-        a, b, c, d = flat.index_select(0, index.flatten()).view(4, -1, channels)
-        upper, lower = torch.lerp(a, b, across.expand_as(a)), torch.lerp(c, d, across.expand_as(a))
-        return torch.lerp(upper, lower, down.expand_as(a))
 
     def at(self, pixels: Int64[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
         """Return values of whole pixels (row, column)."""
