@@ -18,11 +18,11 @@ from nerfstudio_softmining.plugin import compat
 
 LAW = settings(max_examples=40, deadline=None, derandomize=True)
 GRIDS = {
-    "direct": dict(levels=3, features=2, log2_size=12, coarsest=4, finest=23),
-    "hashed": dict(levels=4, features=3, log2_size=4, coarsest=5, finest=200),
-    "both": dict(levels=6, features=2, log2_size=9, coarsest=3, finest=3000),
-    "one level": dict(levels=1, features=1, log2_size=8, coarsest=7, finest=7),
-    "one cell": dict(levels=2, features=2, log2_size=1, coarsest=1, finest=1),
+    "direct": dict(levels=3, features=2, log2_size=12, coarsest=4, growth=2.4),
+    "hashed": dict(levels=4, features=3, log2_size=4, coarsest=5, growth=3.42),
+    "both": dict(levels=6, features=2, log2_size=9, coarsest=3, growth=3.98),
+    "one level": dict(levels=1, features=1, log2_size=8, coarsest=7, growth=1.5),
+    "one cell": dict(levels=2, features=2, log2_size=1, coarsest=1, growth=1.0),
 }
 EACH_GRID = pytest.mark.parametrize("name", GRIDS)
 
@@ -35,17 +35,15 @@ def make_grid(name: str) -> HashGrid:
     return grid
 
 
-def resolutions(levels: int, coarsest: int, finest: int, **_) -> list[int]:
+def resolutions(levels: int, coarsest: int, growth: float, **_) -> list[int]:
     """Cells along each side of the levels, a geometric series."""
-    if levels == 1:
-        return [coarsest]
-    return [round(coarsest * (finest / coarsest) ** (level / (levels - 1))) for level in range(levels)]
+    return [round(coarsest * growth**level) for level in range(levels)]
 
 
-def slow(table: Tensor, points: Tensor, *, levels, features, log2_size, coarsest, finest) -> Tensor:
+def slow(table: Tensor, points: Tensor, *, levels, features, log2_size, coarsest, growth) -> Tensor:
     """The encoding by loops: all first features of the levels, then all second ones, ..."""
     result, start = torch.zeros(len(points), features, levels).double(), 0
-    for level, resolution in enumerate(resolutions(levels, coarsest, finest)):
+    for level, resolution in enumerate(resolutions(levels, coarsest, growth)):
         stride = resolution + 2
         direct = stride**2 <= 2**log2_size
         for n, (row, column) in enumerate(points.tolist()):
@@ -124,30 +122,33 @@ def test_features_are_continuous_across_the_borders_of_cells(name):
 
 
 @LAW
-@given(st.integers(2, 20), st.integers(1, 64), st.integers(1, 20_000))
-def test_levels_go_from_the_coarsest_to_the_finest(levels, coarsest, finest):
-    grid = HashGrid(levels, 1, 4, coarsest, finest)
+@given(st.integers(1, 40), st.integers(1, 64), st.floats(1, 4))
+def test_levels_grow_from_the_coarsest_as_far_as_places_differ(levels, coarsest, growth):
+    grid = HashGrid(levels, 1, 4, coarsest, growth)
     cells = grid.resolution.flatten().tolist()
-    assert cells[0] == coarsest and cells[-1] == max(coarsest, finest) and cells == sorted(cells)
+    assert cells[0] == coarsest and len(cells) == levels and cells == sorted(cells) and cells[-1] <= 2**24
+    for finer, coarser in zip(cells[1:], cells, strict=False):
+        assert abs(finer - coarser * growth) <= (1 + growth) / 2 + 1 or finer == 2**24  # rounding
+    assert grid(torch.rand(5, 2)).isfinite().all()
 
 
-@pytest.mark.parametrize("size", [(30, 50), (50, 30), (3, 9)])
-def test_the_finest_cells_of_a_field_are_the_pixels_of_the_longer_side(size):
-    field = Field(FitConfig(**SMALL, base_resolution=8), size, 3, torch.device("cpu"))
-    assert field.encoding.resolution[-1] == max(size)
+def test_cells_of_the_finest_level_are_equal_and_as_many_as_growth_says():
+    field = Field(FitConfig(**SMALL, base_resolution=8, growth=1.5), 3, torch.device("cpu"))
+    cells = 27
+    assert field.encoding.resolution[-1] == cells
     grid = field.encoding.double()
     torch.nn.init.zeros_(grid.table)
     torch.nn.init.normal_(grid.table[:, int(grid.start[-1]) :])
-    along = torch.arange(6 * max(size) + 1).double() / (6 * max(size))
+    along = torch.arange(6 * cells + 1).double() / (6 * cells)
     features = grid(torch.stack((along, torch.full_like(along, 0.4)), dim=-1)).detach()[:, grid.num_features // 2 - 1]
     bend = (features[2:] - 2 * features[1:-1] + features[:-2]).abs() > 1e-9
-    assert (bend.nonzero()[:, 0] + 1).remainder(6).eq(0).all() and bend.sum() > 0.7 * (max(size) - 1)
+    assert (bend.nonzero()[:, 0] + 1).remainder(6).eq(0).all() and bend.sum() > 0.7 * (cells - 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_field_has_a_value_everywhere_and_all_of_it_learns(channels):
     torch.manual_seed(0)
-    field = Field(FitConfig(**SMALL), (24, 40), channels, torch.device("cpu"))
+    field = Field(FitConfig(**SMALL), channels, torch.device("cpu"))
     points = torch.cat((torch.rand(500, 2), torch.tensor([(0.0, 0.0), (1.0, 1.0)])))
     values = field(points)
     assert values.shape == (502, channels) and values.dtype == torch.float32 and values.isfinite().all()
@@ -158,9 +159,9 @@ def test_a_field_has_a_value_everywhere_and_all_of_it_learns(channels):
 def test_tiny_cuda_nn_that_can_not_be_had_is_a_users_mistake(monkeypatch):
     monkeypatch.setattr(compat, "implementation", lambda: "torch")
     with pytest.raises(UserError, match="--implementation is tcnn.*auto"):
-        Field(FitConfig(**SMALL, implementation="tcnn"), (24, 40), 3, torch.device("cpu"))
+        Field(FitConfig(**SMALL, implementation="tcnn"), 3, torch.device("cpu"))
     for wanted in ("auto", "torch"):
-        field = Field(FitConfig(**SMALL, implementation=wanted), (24, 40), 3, torch.device("cpu"))
+        field = Field(FitConfig(**SMALL, implementation=wanted), 3, torch.device("cpu"))
         assert field.implementation == "torch"
 
 
@@ -173,6 +174,8 @@ def test_tiny_cuda_nn_that_can_not_be_had_is_a_users_mistake(monkeypatch):
         ({"log2_hashmap_size": 0}, "--log2-hashmap-size"),
         ({"log2_hashmap_size": 25}, "--log2-hashmap-size"),
         ({"base_resolution": 0}, "--base-resolution"),
+        ({"growth": 0.9}, "--growth"),
+        ({"growth": math.inf}, "--growth"),
         ({"width": 0}, "--width"),
         ({"alpha": -0.1}, "--alpha"),
         ({"alpha": 1.5}, "--alpha"),

@@ -27,10 +27,12 @@ class FitConfig:
     """Levels of the hash grid."""
     features: PositiveCount = 2
     """Features of each entry of the hash grid."""
-    log2_hashmap_size: Annotated[int, Interval(1, 24)] = 20
+    log2_hashmap_size: Annotated[int, Interval(1, 24)] = 19
     """Logarithm to the base of 2 of the most entries that a level has."""
     base_resolution: PositiveCount = 16
-    """Cells along each side of the coarsest level; the finest has as many as the longer side has pixels."""
+    """Cells along each side of the coarsest level."""
+    growth: Annotated[float, Interval(1, 4)] = 1.5
+    """Cells of a level over those of the level before, along each side; as in tiny-cuda-nn's own sample settings."""
     width: PositiveCount = 64
     """Neurons of each of the two hidden layers."""
     implementation: Literal["auto", "tcnn", "torch"] = "auto"

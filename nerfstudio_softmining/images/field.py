@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from nerfstudio_softmining.plugin import compat
 
 HASH_PRIME = -1640531535
 """2654435761 of the spatial hash, as a 32-bit integer."""
+FINEST = 1 << 24
+"""Most cells along each side of a level, as 32-bit floating point tells no more places apart."""
 INITIAL_RANGE = 1e-4
 """Entries start uniform between minus and plus this."""
 
@@ -74,17 +75,16 @@ class HashGrid(nn.Module):
         features: features of each entry.
         log2_size: logarithm to the base of 2 of the most entries that a level has.
         coarsest: cells along each side of the first level.
-        finest: cells along each side of the last.
+        growth: cells of a level over those of the level before, along each side.
     """
 
     resolution: Tensor
     stride: Tensor
     start: Tensor
 
-    def __init__(self, levels: int, features: int, log2_size: int, coarsest: int, finest: int) -> None:
+    def __init__(self, levels: int, features: int, log2_size: int, coarsest: int, growth: float) -> None:
         super().__init__()
-        growth = (max(finest, coarsest) / coarsest) ** (1 / max(levels - 1, 1))
-        resolutions = [round(coarsest * growth**level) for level in range(levels)]
+        resolutions = [round(min(coarsest * growth**level, FINEST)) for level in range(levels)]
         sizes = [min((resolution + 2) ** 2, 1 << log2_size) for resolution in resolutions]
         self.num_direct = sum((resolution + 2) ** 2 <= 1 << log2_size for resolution in resolutions)
         """Levels, the first, that are not hashed."""
@@ -121,7 +121,6 @@ class Field(nn.Module):
 
     Args:
         config: the settings.
-        size: height and width of the photograph in pixels.
         channels: channels of the photograph.
         device: device of the field.
 
@@ -129,9 +128,8 @@ class Field(nn.Module):
         UserError: if tiny-cuda-nn is chosen and cannot be used.
     """
 
-    def __init__(self, config: FitConfig, size: tuple[int, int], channels: int, device: torch.device) -> None:
+    def __init__(self, config: FitConfig, channels: int, device: torch.device) -> None:
         super().__init__()
-        finest = max(*size, config.base_resolution)
         self.implementation = compat.implementation() if config.implementation == "auto" else config.implementation
         if self.implementation == "tcnn":
             if compat.implementation() != "tcnn":
@@ -139,11 +137,12 @@ class Field(nn.Module):
                     "--implementation is tcnn, which is not installed or has no GPU here (`softmining doctor` shows "
                     "which). Set it to auto."
                 )
-            self.network = _tiny_cuda_nn(config, channels, finest)
+            self.network = _tiny_cuda_nn(config, channels)
         else:
-            grid = HashGrid(config.levels, config.features, config.log2_hashmap_size, config.base_resolution, finest)
-            self.encoding = grid
-            self.network = MLP(grid.num_features, 3, config.width, channels, activation=nn.ReLU())
+            self.encoding = HashGrid(
+                config.levels, config.features, config.log2_hashmap_size, config.base_resolution, config.growth
+            )
+            self.network = MLP(self.encoding.num_features, 3, config.width, channels, activation=nn.ReLU())
         self.to(device)
 
     def forward(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
@@ -151,17 +150,16 @@ class Field(nn.Module):
         return self.network(points if self.implementation == "tcnn" else self.encoding(points)).float()
 
 
-def _tiny_cuda_nn(config: FitConfig, channels: int, finest: int) -> nn.Module:
+def _tiny_cuda_nn(config: FitConfig, channels: int) -> nn.Module:
     import tinycudann  # pyright: ignore[reportMissingImports]
 
-    growth = math.exp(math.log(finest / config.base_resolution) / max(config.levels - 1, 1))
     grid = {
         "otype": "HashGrid",
         "n_levels": config.levels,
         "n_features_per_level": config.features,
         "log2_hashmap_size": config.log2_hashmap_size,
         "base_resolution": config.base_resolution,
-        "per_level_scale": growth,
+        "per_level_scale": config.growth,
     }
     network = {
         "otype": "FullyFusedMLP" if config.width in (16, 32, 64, 128) else "CutlassMLP",

@@ -108,7 +108,7 @@ class Fit:
         device = photo.values.device
         self.size = torch.tensor(photo.size, dtype=torch.float32, device=device)
         torch.manual_seed(settings.seed)
-        self.field = Field(self.config, photo.size, photo.values.shape[2], device)
+        self.field = Field(self.config, photo.values.shape[2], device)
         self.average = AveragedModel(self.field, multi_avg_fn=self._average, use_buffers=False)
         fused = compat.has_fused_adam(device)
         self.optimizer = torch.optim.Adam(
@@ -275,7 +275,7 @@ def load_field(state: dict[str, Any], device: torch.device) -> tuple[nn.Module, 
     config = FitConfig(**{**state["config"], "decay_at": tuple(state["config"]["decay_at"])})
     encoding = Encoding(**state["encoding"])
     with compat.fork_random_state():
-        average = AveragedModel(Field(config, tuple(state["photo"]["size"]), encoding.channels, device))
+        average = AveragedModel(Field(config, encoding.channels, device))
     average.load_state_dict(state["average"])
     return average.module, encoding
 
