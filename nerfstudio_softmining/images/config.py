@@ -11,7 +11,7 @@ from nerfstudio_softmining.settings import Fraction, Interval, Positive, Positiv
 
 @dataclass
 class FitConfig:
-    """How a field is fitted to a photograph; the defaults are the paper's (section 4.1) but for `detail`'s softness."""
+    """How a field is fitted to a photograph; batch and steps of the decay are the paper's (section 4.1)."""
 
     batch: PositiveCount = 4096
     """Points of a training step."""
@@ -19,7 +19,7 @@ class FitConfig:
     """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling; None is 0.3 for detail, else 0.6."""
     weight_by: Literal["density", "importance"] = "density"
     """Weight a point by the density it was drawn with, which is Q only for the chains, or any point by its Q."""
-    learning_rate: Positive = 0.01
+    learning_rate: Positive = 0.005
     """Learning rate of Adam."""
     decay_at: tuple[int, ...] = (20_000, 30_000)
     """Training steps at which the learning rate is multiplied by 0.33."""

@@ -111,9 +111,7 @@ class Fit:
         self.field = Field(self.config, photo.values.shape[2], device)
         self.average = AveragedModel(self.field, multi_avg_fn=self._average, use_buffers=False)
         fused = compat.has_fused_adam(device)
-        self.optimizer = torch.optim.Adam(
-            self.field.parameters(), self.config.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=fused
-        )
+        self.optimizer = torch.optim.Adam(self.field.parameters(), self.config.learning_rate, eps=1e-15, fused=fused)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, self.config.decay_at, LEARNING_RATE_DECAY)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         assert self.config.alpha is not None, "settings come from make_settings"
