@@ -9,9 +9,10 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
 
-from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager, _moving_with
+from nerfstudio_softmining.plugin.datamanager import _moving_with
 from nerfstudio_softmining.plugin.nerfacto import SoftMiningNerfactoModelConfig
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
+from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
 
 RAYS = 48
@@ -66,18 +67,9 @@ def make_model(**changes):
     return model.train()
 
 
-def datamanager_with(cameras: Cameras) -> SoftMiningDataManager:
-    datamanager = SoftMiningDataManager.__new__(SoftMiningDataManager)
-    torch.nn.Module.__init__(datamanager)
-    datamanager.train_ray_generator = torch.nn.Module()
-    datamanager.train_ray_generator.cameras = cameras
-    return datamanager
-
-
-def ours_and_theirs(cameras: Cameras, indices: torch.Tensor) -> tuple[RayBundle, RayBundle]:
-    """Rays with a pixel gradient, and nerfstudio's own."""
-    theirs = cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5)
-    return datamanager_with(cameras)._differentiable_rays(indices)[0], theirs
+def with_and_without_gradient(cameras: Cameras, indices: torch.Tensor) -> tuple[RayBundle, RayBundle]:
+    generator = MiningRayGenerator(cameras)
+    return generator.differentiable(indices)[0], generator.mined(indices)
 
 
 def mining_batch(**filled) -> MiningBatch:
@@ -115,7 +107,7 @@ def test_pixel_gradient_is_a_finite_difference_of_the_rendered_error(kind):
     # nerfstudio's torch encoding of viewing directions cuts their gradient off: leave them out of the comparison
     model.field.direction_encoding.forward = lambda directions: torch.full((len(directions), 16), 0.3)
     indices, truth = indices_and_truth()
-    rays, coords = datamanager_with(cameras)._differentiable_rays(indices)
+    rays, coords = MiningRayGenerator(cameras).differentiable(indices)
     mining = mining_batch(coords=coords)
     slope = 0.001 * torch.randn(RAYS, 3, 2, generator=torch.Generator().manual_seed(3))  # of the photographs
     _, losses = forward(model, rays, _moving_with(coords, truth, slope), mining)
@@ -135,11 +127,11 @@ def test_pixel_gradient_is_a_finite_difference_of_the_rendered_error(kind):
 
 
 def test_pixel_gradient_leaves_values_and_network_gradients_alone():
-    """Rays that carry the pixel gradient render and train bit for bit like nerfstudio's own."""
+    """Rays that carry the pixel gradient render and train bit for bit like those that do not."""
     indices, truth = indices_and_truth()
     cameras = make_cameras(**CAMERAS["perspective"])
     results = []
-    for rays in ours_and_theirs(cameras, indices):
+    for rays in with_and_without_gradient(cameras, indices):
         model = make_model()
         outputs, losses = forward(model, rays, truth)
         sum(losses.values()).backward()
@@ -153,7 +145,7 @@ def test_proposal_networks_neither_see_nor_add_to_the_pixel_gradient():
     seen = []
     model.density_fns = [lambda x: (seen.append(x.requires_grad), model.proposal_networks[0].density_fn(x))[1]]
     indices, truth = indices_and_truth()
-    rays, coords = datamanager_with(make_cameras(**CAMERAS["perspective"]))._differentiable_rays(indices)
+    rays, coords = MiningRayGenerator(make_cameras(**CAMERAS["perspective"])).differentiable(indices)
     _, losses = forward(model, rays, truth)
     assert seen == [False]
     (gradient,) = torch.autograd.grad(losses["interlevel_loss"], coords, allow_unused=True)
@@ -166,7 +158,7 @@ def test_camera_optimizer_gets_its_gradient_beside_the_pixels():
     indices, truth = indices_and_truth()
     cameras = make_cameras(**CAMERAS["perspective"])
     gradients = []
-    for rays in ours_and_theirs(cameras, indices):
+    for rays in with_and_without_gradient(cameras, indices):
         model.zero_grad()
         _, losses = forward(model, rays, truth)
         sum(losses.values()).backward()

@@ -22,11 +22,8 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, SoftMiningDataset
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
+from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
-
-RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
-"""Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect
-to the pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
 
 
 @dataclass
@@ -90,7 +87,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         for dataset in (self.train_dataset, self.eval_dataset):
             compat.allow_camera_export(dataset)
         self.train_pixel_sampler = self._get_pixel_sampler(self.train_dataset, self.config.train_num_rays_per_batch)
-        self.train_ray_generator = RayGenerator(self.train_dataset.cameras.to(self.device))
+        self.train_ray_generator = MiningRayGenerator(self.train_dataset.cameras.to(self.device))
 
     def setup_eval(self) -> None:
         """Set up what evaluation needs, but for the images."""
@@ -175,27 +172,12 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         mining = batch[BATCH_KEY]
         mining.step = step
         if mining.image_gradient is None:
-            rays = self.train_ray_generator(mining.indices)
+            rays = self.train_ray_generator.mined(mining.indices)
         else:
-            rays, mining.coords = self._differentiable_rays(mining.indices)
+            rays, mining.coords = self.train_ray_generator.differentiable(mining.indices)
             batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
         self._mining_batch = mining
         return rays, batch
-
-    def _differentiable_rays(self, indices: Tensor) -> tuple[RayBundle, Tensor]:
-        """Make rays through pixel centres, and the leaf tensor [rays, 2] of the centres (row, column)."""
-        cameras = self.train_ray_generator.cameras
-        indices = indices.to(cameras.device)
-        with torch.enable_grad():
-            coords = (indices[:, 1:] + 0.5).requires_grad_()
-            rays = cameras.generate_rays(camera_indices=indices[:, :1], coords=coords)
-        for name, key in RAY_OFFSETS.items():
-            ray_part = getattr(rays, name)
-            setattr(rays, name, ray_part.detach())
-            if ray_part.requires_grad:
-                rays.metadata[key] = ray_part - ray_part.detach()
-        rays.pixel_area = rays.pixel_area.detach()
-        return rays, coords
 
     def _importance(self, indices: Tensor) -> Tensor:
         """Evaluate Q of given pixels [rays, 3] with the model as it is."""
@@ -205,7 +187,7 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
     def _rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
         """Return the rays of given pixels [rays, 3], and what they should show."""
         assert isinstance(self.train_pixel_sampler, MiningPixelSampler)
-        return self.train_ray_generator(indices), self.train_pixel_sampler.batch_at(indices)
+        return self.train_ray_generator.mined(indices), self.train_pixel_sampler.batch_at(indices)
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes

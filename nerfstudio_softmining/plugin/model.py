@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.plugin import compat
-from nerfstudio_softmining.plugin.datamanager import RAY_OFFSETS, SoftMiningDataManager
+from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
 from nerfstudio_softmining.plugin.hash_encoding import quicken
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
+from nerfstudio_softmining.plugin.rays import RAY_OFFSETS
 from nerfstudio_softmining.samplers.base import MiningBatch
 from nerfstudio_softmining.settings import Fraction, check
 

@@ -1,0 +1,170 @@
+"""Rays of training pixels, from a table of each lens."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import rich
+import torch
+from jaxtyping import Float, Int64
+from nerfstudio.cameras.camera_utils import radial_and_tangential_undistort
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.model_components.ray_generators import RayGenerator
+from torch import Tensor
+
+RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
+"""Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect
+to the pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
+SINGLE_CENTRE = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR, CameraType.FISHEYE624)
+"""Types of camera whose rays all start at its position, in directions that turn with its rotation."""
+MAX_TABLE_BYTES = 1 << 28
+"""Memory that the tables of all lenses may take."""
+ROW_BYTES = 16
+"""Memory of one pixel in a table."""
+SMALLEST_LENGTH = 1e-7
+"""Least length that a direction is divided by, as in nerfstudio."""
+CHUNK = 1 << 18
+"""Pixels whose rays are made at a time."""
+
+
+class LensTable(NamedTuple):
+    """Rays of every pixel of every lens, in the frame of the camera."""
+
+    lens: Int64[Tensor, " cameras"]
+    """Lens of each camera."""
+    start: Int64[Tensor, " lenses"]
+    """Row of a lens's first pixel."""
+    size: Int64[Tensor, "lenses 2"]
+    """Height and width of the images of each lens."""
+    rows: Float[Tensor, "pixels 4"]
+    """Direction, of any length, and pixel area."""
+
+
+class MiningRayGenerator(RayGenerator):
+    """Makes rays as nerfstudio does, and much cheaper ones for the batches of soft mining.
+
+    Undoing the distortion of a lens takes nerfstudio about a thousand small operations a step. `mined` and
+    `differentiable` look its result up in a table instead, which is made at their first use. Cameras without a common
+    centre, or with too many different lenses, are left to nerfstudio.
+    """
+
+    @cached_property
+    def table(self) -> LensTable | None:
+        """The table of all lenses; None where there can be none."""
+        return make_table(self.cameras)
+
+    def mined(self, indices: Int64[Tensor, "n 3"]) -> RayBundle:
+        """Return the rays through the centres of pixels (camera, row, column)."""
+        if self.table is None:
+            return self(indices)
+        indices = indices.to(self.cameras.device)
+        return self._bundle(indices)
+
+    def differentiable(self, indices: Int64[Tensor, "n 3"]) -> tuple[RayBundle, Float[Tensor, "n 2"]]:
+        """Return these rays, and the leaf tensor of the pixels' centres (row, column) that they have a gradient for.
+
+        The rays themselves are constants. Their metadata has zeros that carry the gradient ([RAY_OFFSETS][]).
+        """
+        indices = indices.to(self.cameras.device)
+        with torch.enable_grad():
+            coords = (indices[:, 1:] + 0.5).requires_grad_()
+            if self.table is None:
+                return self._differentiate(indices, coords), coords
+            camera, pixels = indices[:, 0], indices[:, 1:]
+            rays = self._bundle(indices)
+            last = self.table.size[self.table.lens[camera]] - 1
+            change = torch.zeros_like(rays.directions)
+            for axis, unit in enumerate(torch.eye(2, dtype=torch.int64, device=pixels.device)):
+                ahead, behind = (pixels + unit).minimum(last), (pixels - unit).clamp_min(0)
+                difference = self._direction(camera, ahead) - self._direction(camera, behind)
+                slope = difference / (ahead - behind).sum(dim=-1, keepdim=True).clamp_min(1)
+                change = change + slope * (coords - coords.detach())[:, axis, None]
+            rays.metadata[RAY_OFFSETS["directions"]] = change
+        return rays, coords
+
+    def _differentiate(self, indices: Tensor, coords: Tensor) -> RayBundle:
+        """Make rays by nerfstudio's own function, and move their gradient to the metadata."""
+        rays = self.cameras.generate_rays(camera_indices=indices[:, :1], coords=coords)
+        for name, key in RAY_OFFSETS.items():
+            ray_part = getattr(rays, name)
+            setattr(rays, name, ray_part.detach())
+            if ray_part.requires_grad:
+                rays.metadata[key] = ray_part - ray_part.detach()
+        rays.pixel_area = rays.pixel_area.detach()
+        return rays
+
+    def _look_up(self, camera: Tensor, pixels: Tensor) -> Float[Tensor, "n 4"]:
+        assert self.table is not None
+        lens = self.table.lens[camera]
+        return self.table.rows[self.table.start[lens] + pixels[:, 0] * self.table.size[lens, 1] + pixels[:, 1]]
+
+    def _turn(self, camera: Tensor, rows: Tensor) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 1"]]:
+        """Turn directions into the world's frame; return them with unit length, and the length they had."""
+        turned = (rows[:, None, :3] * self.cameras.camera_to_worlds[camera, :, :3]).sum(dim=-1)
+        length = torch.linalg.vector_norm(turned, dim=-1, keepdim=True).clamp_min(SMALLEST_LENGTH)
+        return turned / length, length
+
+    def _direction(self, camera: Tensor, pixels: Tensor) -> Float[Tensor, "n 3"]:
+        return self._turn(camera, self._look_up(camera, pixels))[0]
+
+    def _bundle(self, indices: Tensor) -> RayBundle:
+        camera, cameras = indices[:, 0], self.cameras
+        rows = self._look_up(camera, indices[:, 1:])
+        directions, length = self._turn(camera, rows)
+        metadata = cameras.metadata and cameras._apply_fn_to_dict(cameras.metadata, lambda value: value[camera])
+        return RayBundle(
+            origins=cameras.camera_to_worlds[camera, :, 3],
+            directions=directions,
+            pixel_area=rows[:, 3:],
+            camera_indices=indices[:, :1],
+            times=None if cameras.times is None else cameras.times[camera],
+            metadata={**(metadata or {}), "directions_norm": length},
+        )
+
+
+@torch.no_grad()
+def make_table(cameras: Cameras) -> LensTable | None:
+    """Make the table of all lenses by nerfstudio's own ray generation; None where there can be none."""
+    rotation = cameras.camera_to_worlds[:, :, :3]
+    is_rotation = torch.allclose(rotation @ rotation.mT, torch.eye(3, device=rotation.device), atol=1e-4)
+    has_centre = torch.isin(
+        cameras.camera_type, torch.tensor([kind.value for kind in SINGLE_CENTRE]).to(rotation.device)
+    )
+    if not is_rotation or not has_centre.all():
+        return None
+    parts = [cameras.camera_type, cameras.fx, cameras.fy, cameras.cx, cameras.cy, cameras.height, cameras.width]
+    if cameras.distortion_params is not None:
+        parts.append(cameras.distortion_params)
+    lenses, lens = torch.cat([part.double() for part in parts], dim=-1).unique(dim=0, return_inverse=True)
+    size = lenses[:, 5:7].long()
+    num_pixels = size.prod(dim=-1)
+    if int(num_pixels.sum()) * ROW_BYTES > MAX_TABLE_BYTES:
+        if cameras.distortion_params is not None and cameras.distortion_params.any():
+            rich.print(
+                f"[yellow]{len(lenses):,} distorted lenses: a table of their rays would take "
+                f"{int(num_pixels.sum()) * ROW_BYTES / 1e9:.1f} GB, so distortion is undone in every step. "
+                "Undistort the images to save that time.[/yellow]"
+            )
+        return None
+    rows = []
+    for index in range(len(lenses)):
+        camera = cameras[(lens == index).nonzero()[:1, 0]]
+        camera.camera_to_worlds = torch.eye(4, device=rotation.device)[None, :3]
+        width = int(size[index, 1])
+        for pixels in torch.arange(int(num_pixels[index]), device=rotation.device).split(CHUNK):
+            coords = torch.stack((pixels // width, pixels % width), dim=-1) + 0.5
+            rays = camera.generate_rays(camera_indices=torch.zeros_like(pixels)[:, None], coords=coords)
+            is_perspective = int(camera.camera_type) == CameraType.PERSPECTIVE.value
+            directions = _perspective(camera, coords) if is_perspective else rays.directions
+            rows.append(torch.cat((directions, rays.pixel_area), dim=-1).float())
+    return LensTable(lens, num_pixels.cumsum(0) - num_pixels, size, torch.cat(rows))
+
+
+def _perspective(camera: Cameras, coords: Float[Tensor, "n 2"]) -> Float[Tensor, "n 3"]:
+    """Compute directions as nerfstudio has them before it gives them unit length, so that no bit of a ray differs."""
+    x, y = (coords[:, 1] - camera.cx[0]) / camera.fx[0], (coords[:, 0] - camera.cy[0]) / camera.fy[0]
+    if camera.distortion_params is not None and camera.distortion_params.any():
+        x, y = radial_and_tangential_undistort(torch.stack((x, y), dim=-1), camera.distortion_params[0]).unbind(-1)
+    return torch.stack((x, -y, -torch.ones_like(x)), dim=-1)
