@@ -140,6 +140,30 @@ def test_a_step_mixes_no_devices_and_waits_for_nothing(scenes, kind, scene):
         assert avoidable(device.waits) == set()
 
 
+@pytest.mark.parametrize("kind", ["mixture", "detail", "uniform"])
+def test_draw_rays_and_update_are_few_operations_distortion_or_not(scenes, kind):
+    with VirtualDevice() as device:
+        training = Training(scenes["distorted"], kind, DEVICE)
+        training.step()
+        manager, count = training.pipeline.datamanager, 0
+
+        def counted(function):
+            def call(*args):
+                nonlocal count
+                before = device.num_operations
+                result = function(*args)
+                count += device.num_operations - before
+                return result
+
+            return call
+
+        manager.next_train = counted(manager.next_train)
+        manager.train_pixel_sampler.update = counted(manager.train_pixel_sampler.update)
+        for _ in range(16):
+            training.step()
+    assert count / 16 < 160  # views of tensors included; nerfstudio's rays alone are about 1,000
+
+
 @pytest.mark.parametrize("kind", ["mixture", "detail", "langevin"])
 def test_corrections_and_restarts_do_not_wait_either(scenes, kind):
     with VirtualDevice() as device:

@@ -67,15 +67,33 @@ def test_chains_settle_in_proportion_to_the_importance():
 
 
 def test_chains_take_turns():
-    """So that a ray of a batch and that of the next one are of different chains."""
-    sampler, case = make_sampler(100, kind="mixture", chain_fraction=0.5, pool_size=3), LARGE
+    """Each part of the pool has its own batch, whose rays are in the tiles that its chains may step to."""
+    sampler, case = make_sampler(100, kind="mixture", chain_fraction=0.5, pool_size=3, cell_size=1), LARGE
     batch, pools = case.batch(), []
-    for _ in range(4):
+    for turn in range(6):
         mining = sampler.sample(batch)[BATCH_KEY]
-        pools.append(sampler.run.state.chains.position)
-        sampler.update(feed(mining, importance=torch.zeros(100)))
+        chains = sampler.run.state.chains
+        part = slice(50 * (turn % 3), 50 * (turn % 3 + 1))
+        assert torch.equal(mining.indices[:50, 0], chains.image_index[part])
+        assert torch.equal(mining.indices[:50, 1:] // 8, chains.proposed[part].long() // 8)
+        pools.append(chains.position)
+        sampler.update(feed(mining, importance=torch.rand(100)))
     assert len(pools[0]) == 150
-    assert torch.equal(pools[1][:100], pools[0][50:])
+    assert torch.equal(pools[0], pools[2]) and torch.equal(pools[3], pools[5]) and not torch.equal(pools[2], pools[3])
+
+
+def test_chains_stay_where_no_error_is_known():
+    """Where the optimizer skipped a step, or a batch was drawn and not trained on."""
+    sampler, case = make_sampler(100, kind="mixture", pool_size=3, cell_size=1), LARGE
+    for turn in range(7):
+        mining = sampler.sample(case.batch())[BATCH_KEY]
+        if turn == 0:
+            before = sampler.run.state.chains
+        if turn % 2:
+            sampler.update(feed(mining, importance=torch.rand(100)), applied=torch.tensor(False))
+    after = sampler.run.state.chains
+    assert sorted(before.position.tolist()) == sorted(after.position.tolist())
+    assert not before.ratio.any() and not after.ratio.any()
 
 
 def test_fractions_that_exceed_the_batch_are_named():

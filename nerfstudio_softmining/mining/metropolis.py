@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def accepts(
-    weight: Float[Tensor, " n"], proposed_weight: Float[Tensor, " n"], generator: torch.Generator | None = None
-) -> Bool[Tensor, " n"]:
+    weight: Float[Tensor, "*n"], proposed_weight: Float[Tensor, "*n"], generator: torch.Generator | None = None
+) -> Bool[Tensor, "*n"]:
     """Decide for each chain whether it moves to its proposal.
 
     The weight of a place is what the chain is to follow there, such as Q, over the density with which the place is

@@ -19,7 +19,7 @@ from nerfstudio_softmining.errors import SettingError
 from nerfstudio_softmining.mining import density as dens
 from nerfstudio_softmining.mining import metropolis
 from nerfstudio_softmining.mining.records import concatenate, take, where
-from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerContext, Samples, pixel_centres
+from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerContext, Samples
 from nerfstudio_softmining.samplers.cells import PixelDensity
 from nerfstudio_softmining.samplers.detail import ERROR_POWER, Detail, DetailConfig, DetailState
 from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
@@ -39,7 +39,8 @@ class MixtureConfig(DetailConfig):
     """Power of the ratio of observed to predicted error that scales the density of the map; 0 leaves the detail
     alone."""
     pool_size: PositiveCount = 8
-    """Chains for each ray that follows one. They take turns, so that rays of successive batches are far apart."""
+    """Chains for each ray that follows one. They take turns: rays of successive batches are far apart, and the batches
+    of as many steps are drawn together."""
     noise: NonNegative = 2e-2
     """Standard deviation of a chain's step, in image sides (geometric mean of height and width)."""
     restart_fraction: Fraction = 0.3
@@ -61,13 +62,30 @@ class Chains(NamedTuple):
     """Ratio of observed to predicted error of that place, when it was seen; 0 before."""
 
 
+class Block(NamedTuple):
+    """The batches of the next steps, one for each part of the pool."""
+
+    samples: PixelSamples
+    """Rays [times, rays]: those that follow chains, those of the map, and uniform ones."""
+    error: Float[Tensor, "times rays"]
+    """Observed error of each ray; NaN where there is none."""
+    num_chains: int
+    """Rays of a batch that follow chains, which are the first."""
+    num_uniform: int
+    """Uniform rays of a batch, which are the last."""
+    used: int
+    """Batches that have been drawn from it."""
+
+
 class MixtureState(NamedTuple):
-    """The state of the map, and the chains."""
+    """The state of the map, the chains, and the batches drawn in advance."""
 
     map: DetailState
     """What is known of the tiles."""
     chains: Chains
-    """The pool; more chains than the batch has, after it has shrunk."""
+    """The pool, those of the block first; more chains than the batch has, after it has shrunk."""
+    block: Block | None
+    """Batches whose chains have not moved yet."""
     total_error: Float[Tensor, ""]
     """Sum of the predicted errors of all cells, times the ratio of observed to predicted error."""
 
@@ -82,8 +100,8 @@ class _Map(Detail):
 class Mixture(Sampler[MixtureConfig, MixtureState]):
     """Mix Metropolis chains, detail corrected by the error of tiles, and uniform rays.
 
-    Takes 0.85 bytes a training pixel, in cells of 2 x 2. Map and uniform rays are drawn for some steps together, and
-    the chains move at each step: O(batch) a step. Corrections of the map cost O(tiles), at growing intervals.
+    Takes 0.85 bytes a training pixel, in cells of 2 x 2. The batches of eight steps are drawn together, and their
+    chains move together: O(batch) a step. Corrections of the map cost O(tiles), at growing intervals.
     """
 
     config_class = MixtureConfig
@@ -123,7 +141,7 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         if previous is not None:
             restarted = self._start(density, len(chains.ratio))
             chains = where(self.images.contains(_samples(chains)), chains, restarted)
-        return MixtureState(state, chains, torch.zeros((), device=self.images.device))
+        return MixtureState(state, chains, None, torch.zeros((), device=self.images.device))
 
     def _start(self, density: PixelDensity | None, count: int) -> Chains:
         """Return chains at places that the map draws, which they leave for the first ones that they see."""
@@ -135,28 +153,44 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         return state._replace(map=self.map.rebuild(state.map), total_error=total_error)
 
     def flush(self, state: MixtureState) -> MixtureState:
+        state = self._settle(state)
         return state._replace(map=self.map.flush(state.map))
 
     def draw(self, state: MixtureState, count: int) -> tuple[Samples, MixtureState]:
         density = state.map.density
         if density is None:
             return Samples(self.images.uniform(count), count), state
-        num_chains, num_uniform = self._num_chains(count), self.num_of_fraction("uniform_fraction", count)
-        num_drawn = count - num_chains - num_uniform
-        missing = self.config.pool_size * num_chains - len(state.chains.ratio)
+        num_chains = self.num_of_fraction("chain_fraction", count)
+        num_uniform = self.num_of_fraction("uniform_fraction", count)
+        block = state.block
+        # a resumed training may have another batch size, or other fractions
+        is_same = block is not None and (block.num_chains, block.num_uniform) == (num_chains, num_uniform)
+        if block is None or not is_same or block.error.shape[1] != count or block.used == len(block.error):
+            state, block = self._draw_block(self._settle(state), density, num_chains, count, num_uniform)
+        samples = take(block.samples, block.used)
+        return Samples(samples, num_uniform), state._replace(block=block._replace(used=block.used + 1))
+
+    def _draw_block(
+        self, state: MixtureState, density: PixelDensity, num_chains: int, count: int, num_uniform: int
+    ) -> tuple[MixtureState, Block]:
+        """Draw the batches up to the next correction of the map, or as many as the pool has chains for."""
+        pool_size, num_drawn = self.config.pool_size, count - num_chains - num_uniform
+        missing = pool_size * num_chains - len(state.chains.ratio)
         if missing > 0:
             state = state._replace(chains=concatenate(state.chains, self._start(density, missing)))
-        chains, others = take(state.chains, slice(num_chains)), take(state.chains, slice(num_chains, None))
+        times = max(1, min(pool_size, state.map.interval - state.map.steps))
+        chains, others = _split(state.chains, times * num_chains)
         chains, samples = self._propose(chains, density)
-        state = state._replace(chains=concatenate(chains, others))
         if num_chains < count:
-            rest, map_state = self.map.next_batch(state.map, num_drawn, num_uniform)
-            samples, state = concatenate(samples, rest), state._replace(map=map_state)
+            rest = self.map.draw_batches(state.map, times, num_drawn, num_uniform)
+            by_step = PixelSamples(*(part.unflatten(0, (times, num_chains)) for part in samples))
+            samples = PixelSamples(*(part.flatten(0, 1) for part in concatenate(by_step, rest, dim=1)))
         by_chains, by_map = self._chain_density(state, density, samples), density.density_ratio(samples)
         ratio = (num_chains * by_chains + num_drawn * by_map + num_uniform) / count
-        follows_importance = torch.zeros_like(samples.follows_importance)
-        samples = samples._replace(density_ratio=ratio, follows_importance=follows_importance)
-        return Samples(samples, num_uniform), state
+        samples = samples._replace(density_ratio=ratio, follows_importance=torch.zeros_like(samples.follows_importance))
+        samples = PixelSamples(*(part.unflatten(0, (times, count)) for part in samples))
+        block = Block(samples, torch.full_like(samples.density_ratio, torch.nan), num_chains, num_uniform, 0)
+        return state._replace(chains=concatenate(chains, others)), block
 
     def _propose(self, chains: Chains, density: PixelDensity) -> tuple[Chains, PixelSamples]:
         """Propose a step to each chain. Draw a ray in the tile there, in proportion to the predicted error."""
@@ -175,56 +209,73 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         error = dens.relative_weight(table, cell, ERROR_POWER) * state.map.ratio[cell // grid.tile_side**2]
         return self.images.density_ratio(error / state.total_error / grid.num_valid(cell), samples)
 
-    def _num_chains(self, count: int) -> int:
-        return self.num_of_fraction("chain_fraction", count)
-
     def update(self, state: MixtureState, batch: MiningBatch, applied: Tensor | bool) -> MixtureState:
-        if state.map.density is None:
+        if state.block is None:
             return state
-        num_chains = self._num_chains(len(batch.indices))
-        if applied is not False:
-            chains, others = take(state.chains, slice(num_chains)), take(state.chains, slice(num_chains, None))
-            moved = concatenate(others, self._move(chains, state.map.density, batch))
-            if isinstance(applied, Tensor):
-                moved = where(applied.to(self.images.device), moved, state.chains)
-            state = state._replace(chains=moved)
-        updated = self.map.update(state.map, batch, applied)
-        is_corrected = updated.density is not state.map.density
-        state = state._replace(map=updated)
-        return self.rebuild(state) if is_corrected else state
-
-    def _move(self, chains: Chains, density: PixelDensity, batch: MiningBatch) -> Chains:
-        """Let each chain choose between its place, the ray that it stepped to, and for some a ray of the map."""
         assert batch.importance is not None
-        count = len(chains.ratio)
-        seen = pixel_centres(self.images, batch)
-        importance = batch.importance.to(self.images.device).nan_to_num(0.0, 0.0, 0.0)
-        predicted = dens.relative_weight(density.table, self.map.grid.cell(seen), ERROR_POWER)
-        rays = Chains(seen.image_index, seen.position, seen.position, importance / predicted)
-        aged = chains._replace(ratio=self.config.memory * chains.ratio)
-        stepped = take(rays, slice(count))._replace(position=chains.proposed)
-        chains = self._choose(aged, stepped, density, is_step=True)
-        num_drawn = len(importance) - count - batch.num_uniform
-        num_asked = min(round(self.config.restart_fraction * count), num_drawn)
-        asked, others = take(chains, slice(num_asked)), take(chains, slice(num_asked, None))
-        # rays of the map are in the order of its tiles, and the same place in that order is the same part of the images
-        first = torch.randint(max(num_drawn, 1), (), generator=self.context.generator, device=self.images.device)
-        turn = torch.arange(num_asked, device=self.images.device) * num_drawn // max(num_asked, 1)
-        drawn = take(rays, count + (first + turn) % max(num_drawn, 1))
-        # in turn: those to which a ray of the map was proposed are the last to be asked again
-        return concatenate(others, self._choose(asked, drawn, density, is_step=False))
+        if applied is not False:
+            error = batch.importance.detach().to(self.images.device).nan_to_num(0.0, 0.0, 0.0)
+            if isinstance(applied, Tensor):
+                error = torch.where(applied.to(error.device), error, torch.nan)
+            state.block.error[state.block.used - 1] = error
+        updated = self.map.update(state.map, batch, applied)
+        if updated.density is state.map.density:
+            return state._replace(map=updated)
+        return self.rebuild(self._settle(state)._replace(map=updated))
+
+    def _settle(self, state: MixtureState) -> MixtureState:
+        """Let the chains of all batches drawn from the block move, and drop the rest of it.
+
+        Each chain chooses between its place, the ray that it stepped to, and for some a ray of the map.
+        """
+        block, density = state.block, state.map.density
+        if block is None or density is None:
+            return state
+        times, num_chains = block.used, block.num_chains
+        chains, others = _split(state.chains, times * num_chains)
+        chains = Chains(*(part.unflatten(0, (times, num_chains)) for part in chains))
+        places, error = take(block.samples, slice(times)), block.error[:times]
+        places = PixelSamples(*(part.flatten(0, 1) for part in places))
+        predicted = dens.relative_weight(density.table, self.map.grid.cell(places), ERROR_POWER)
+        ratio = error / predicted.view_as(error)
+        image_index, position = (part.unflatten(0, (times, -1)) for part in (places.image_index, places.position))
+        rays = Chains(image_index, position, position, ratio)
+        seen = take(rays, (slice(None), slice(num_chains)))
+        aged = chains._replace(ratio=torch.where(seen.ratio.isnan(), 1.0, self.config.memory) * chains.ratio)
+        chains = self._choose(aged, seen._replace(position=chains.proposed), density, is_step=True)
+        num_drawn = error.shape[1] - num_chains - block.num_uniform
+        num_asked = min(round(self.config.restart_fraction * num_chains), num_drawn)
+        if num_asked > 0:
+            # rays of the map are in the order of its tiles, and the same place in that order is the same part of the
+            # images
+            device = error.device
+            first = torch.randint(num_drawn, (times, 1), generator=self.context.generator, device=device)
+            turn = num_chains + (first + torch.arange(num_asked, device=device) * num_drawn // num_asked) % num_drawn
+            step = torch.arange(times, device=device)[:, None]
+            asked, spared = (take(chains, (slice(None), part)) for part in (slice(num_asked), slice(num_asked, None)))
+            # in turn: those to which a ray of the map was proposed are the last to be asked again
+            asked = self._choose(asked, take(rays, (step, turn)), density, is_step=False)
+            chains = concatenate(spared, asked, dim=1)
+        moved = Chains(*(part.flatten(0, 1) for part in chains))
+        return state._replace(chains=concatenate(others, moved), block=None)
 
     def _choose(self, chains: Chains, proposed: Chains, density: PixelDensity, is_step: bool) -> Chains:
         """Return the chains, moved to the places proposed to them where they accept these."""
 
         def weight(place: Chains) -> Tensor:
-            tile, table = self.map.grid.tile(_samples(place)), density.table
+            flat, table = Chains(*(part.flatten(0, 1) for part in place)), density.table
+            tile = self.map.grid.tile(_samples(flat)).view_as(place.ratio)
             # a step finds a tile in proportion to its area, the map by its own density
             found = self.area[tile] if is_step else (table.sums[tile] * table.factors[tile]).float()
             return place.ratio * self.predicted[tile] / found
 
         is_accepted = metropolis.accepts(weight(chains), weight(proposed), self.context.generator)
         return where(is_accepted, proposed, chains)
+
+
+def _split(chains: Chains, count: int) -> tuple[Chains, Chains]:
+    """Return the first chains, and the others."""
+    return take(chains, slice(count)), take(chains, slice(count, None))
 
 
 def _samples(chains: Chains) -> PixelSamples:
