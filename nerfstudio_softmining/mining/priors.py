@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-BAND = 1 << 22
-"""Pixels processed at a time."""
+BAND = 1 << 18
+"""Pixels processed at a time, which fit a processor's caches."""
 
 
 def _by_rows(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Apply a function of 3 x 3 neighbourhoods to some rows at a time, which bounds its temporary memory."""
+    """Apply a function of 3 x 3 neighbourhoods to some rows at a time, which bounds its memory and saves time."""
 
     @functools.wraps(function)
     def applied(image: Tensor) -> Tensor:
@@ -90,6 +90,10 @@ def laplacian(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     >>> laplacian(step)[0]
     tensor([0.0000, 0.3333, 0.3333, 0.0000])
     """
-    channels = image.permute(2, 0, 1)[None]
-    mean = F.avg_pool2d(F.pad(channels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    return (channels - mean)[0].abs().mean(dim=0)
+    rows = torch.cat((image[:1], image, image[-1:]))
+    sums = rows[:-2] + rows[1:-1] + rows[2:]
+    sums = torch.cat((sums[:, :1], sums, sums[:, -1:]), dim=1)
+    sums = sums[:, :-2] + sums[:, 1:-1] + sums[:, 2:]
+    difference = sums.div_(-9).add_(image).abs_()
+    # channel by channel, as a mean over few neighbours in memory is slow
+    return functools.reduce(torch.add, difference.unbind(-1)) / image.shape[-1]

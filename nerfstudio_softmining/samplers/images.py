@@ -168,6 +168,8 @@ class TrainingImages:
 
     def pixel_weight(self, cache_index: int) -> Float[Tensor, "h w"]:
         """Return the weight in [0, 1] of each pixel of one cached image in a uniform draw."""
+        if self._run_ends is None:
+            return torch.ones((), device=self.device).expand(self.sizes[cache_index])
         row = torch.arange(self.sizes[cache_index][0], device=self.device)
         solid_angle = self._solid_angle(cache_index, row) / self.max_integer_weight
         return self.valid_mask(cache_index) * solid_angle[:, None]
