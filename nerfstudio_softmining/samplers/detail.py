@@ -101,7 +101,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     state_class = DetailState
     image_fields = ("seen", "ratio")
     is_stratified = True
-    photo_settings = {"alpha": 0.3}
+    photo_settings = {"alpha": 0.3, "uniform_fraction": 0.5}
 
     tile_bytes: ClassVar[int] = 32
     """Memory of a tile beside that of its cells."""
