@@ -243,21 +243,25 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         seen = take(rays, (slice(None), slice(num_chains)))
         aged = chains._replace(ratio=torch.where(seen.ratio.isnan(), 1.0, self.config.memory) * chains.ratio)
         chains = self._choose(aged, seen._replace(position=chains.proposed), density, is_step=True)
-        num_drawn = error.shape[1] - num_chains - block.num_uniform
-        num_asked = min(round(self.config.restart_fraction * num_chains), num_drawn)
-        if num_asked > 0:
-            # rays of the map are in the order of its tiles, and the same place in that order is the same part of the
-            # images
-            device = error.device
-            first = torch.randint(num_drawn, (times, 1), generator=self.context.generator, device=device)
-            turn = num_chains + (first + torch.arange(num_asked, device=device) * num_drawn // num_asked) % num_drawn
-            step = torch.arange(times, device=device)[:, None]
-            asked, spared = (take(chains, (slice(None), part)) for part in (slice(num_asked), slice(num_asked, None)))
-            # in turn: those to which a ray of the map was proposed are the last to be asked again
-            asked = self._choose(asked, take(rays, (step, turn)), density, is_step=False)
-            chains = concatenate(spared, asked, dim=1)
+        drawn = take(rays, (slice(None), slice(num_chains, error.shape[1] - block.num_uniform)))
+        chains = self._propose_starts(chains, drawn, density)
         moved = Chains(*(part.flatten(0, 1) for part in chains))
         return state._replace(chains=concatenate(others, moved), block=None)
+
+    def _propose_starts(self, chains: Chains, drawn: Chains, density: PixelDensity) -> Chains:
+        """Propose rays [times, drawn] of the map to some of the chains [times, chains] of the same batch."""
+        (times, num_chains), num_drawn = chains.ratio.shape, drawn.ratio.shape[1]
+        num_asked = min(round(self.config.restart_fraction * num_chains), num_drawn)
+        if num_asked == 0:
+            return chains
+        # rays of the map are in the order of its tiles: the same place in that order is the same part of the images
+        device = drawn.ratio.device
+        first = torch.randint(num_drawn, (times, 1), generator=self.context.generator, device=device)
+        turn = (first + torch.arange(num_asked, device=device) * num_drawn // num_asked) % num_drawn
+        proposed = take(drawn, (torch.arange(times, device=device)[:, None], turn))
+        asked, spared = (take(chains, (slice(None), part)) for part in (slice(num_asked), slice(num_asked, None)))
+        # in turn: those to which a ray of the map was proposed are the last to be asked again
+        return concatenate(spared, self._choose(asked, proposed, density, is_step=False), dim=1)
 
     def _choose(self, chains: Chains, proposed: Chains, density: PixelDensity, is_step: bool) -> Chains:
         """Return the chains, moved to the places proposed to them where they accept these."""
