@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import rich
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from nerfstudio.cameras.camera_utils import radial_and_tangential_undistort
 from nerfstudio.cameras.cameras import Cameras, CameraType
@@ -25,8 +26,8 @@ ROW_BYTES = 16
 """Memory of one pixel in a table."""
 SMALLEST_LENGTH = 1e-7
 """Least length that a direction is divided by, as in nerfstudio."""
-CHUNK = 1 << 18
-"""Pixels whose rays are made at a time."""
+CHUNK = 1 << 15
+"""Pixels whose rays are made at a time, which fit a processor's caches."""
 
 
 class LensTable(NamedTuple):
@@ -126,7 +127,7 @@ class MiningRayGenerator(RayGenerator):
 
 @torch.no_grad()
 def make_table(cameras: Cameras) -> LensTable | None:
-    """Make the table of all lenses by nerfstudio's own ray generation; None where there can be none."""
+    """Make the table of all lenses; None where there can be none."""
     rotation = cameras.camera_to_worlds[:, :, :3]
     is_rotation = torch.allclose(rotation @ rotation.mT, torch.eye(3, device=rotation.device), atol=1e-4)
     has_centre = torch.isin(
@@ -149,22 +150,35 @@ def make_table(cameras: Cameras) -> LensTable | None:
             )
         return None
     rows = []
-    for index in range(len(lenses)):
+    for index, (height, width) in enumerate(size.tolist()):
         camera = cameras[(lens == index).nonzero()[:1, 0]]
         camera.camera_to_worlds = torch.eye(4, device=rotation.device)[None, :3]
-        width = int(size[index, 1])
-        for pixels in torch.arange(int(num_pixels[index]), device=rotation.device).split(CHUNK):
-            coords = torch.stack((pixels // width, pixels % width), dim=-1) + 0.5
-            rays = camera.generate_rays(camera_indices=torch.zeros_like(pixels)[:, None], coords=coords)
-            is_perspective = int(camera.camera_type) == CameraType.PERSPECTIVE.value
-            directions = _perspective(camera, coords) if is_perspective else rays.directions
-            rows.append(torch.cat((directions, rays.pixel_area), dim=-1).float())
+        make_rows = _perspective if int(camera.camera_type) == CameraType.PERSPECTIVE.value else _by_nerfstudio
+        column = torch.arange(width + 1, device=rotation.device) + 0.5
+        for row in (torch.arange(height, device=rotation.device) + 0.5).split(max(1, CHUNK // width)):
+            row = torch.cat((row, row[-1:] + 1))
+            coords = torch.cartesian_prod(row, column).view(len(row), -1, 2)
+            rows.append(make_rows(camera, coords).flatten(0, 1).float())
     return LensTable(lens, num_pixels.cumsum(0) - num_pixels, size, torch.cat(rows))
 
 
-def _perspective(camera: Cameras, coords: Float[Tensor, "n 2"]) -> Float[Tensor, "n 3"]:
-    """Compute directions as nerfstudio has them before it gives them unit length, so that no bit of a ray differs."""
-    x, y = (coords[:, 1] - camera.cx[0]) / camera.fx[0], (coords[:, 0] - camera.cy[0]) / camera.fy[0]
+def _by_nerfstudio(camera: Cameras, coords: Float[Tensor, "h+1 w+1 2"]) -> Float[Tensor, "h w 4"]:
+    """Make the rows of pixels by nerfstudio's own ray generation."""
+    coords = coords[:-1, :-1]
+    rays = camera.generate_rays(camera_indices=torch.zeros_like(coords[..., :1], dtype=torch.int64), coords=coords)
+    return torch.cat((rays.directions, rays.pixel_area), dim=-1)
+
+
+def _perspective(camera: Cameras, coords: Float[Tensor, "h+1 w+1 2"]) -> Float[Tensor, "h w 4"]:
+    """Make the rows of pixels from directions before these get unit length, so that no bit of a ray differs.
+
+    The next row and column give the areas. nerfstudio would undo the distortion three times for each pixel.
+    """
+    x, y = (coords[..., 1] - camera.cx[0]) / camera.fx[0], (coords[..., 0] - camera.cy[0]) / camera.fy[0]
     if camera.distortion_params is not None and camera.distortion_params.any():
         x, y = radial_and_tangential_undistort(torch.stack((x, y), dim=-1), camera.distortion_params[0]).unbind(-1)
-    return torch.stack((x, -y, -torch.ones_like(x)), dim=-1)
+    directions = torch.stack((x, -y, -torch.ones_like(x)), dim=-1)
+    unit = F.normalize(directions, dim=-1)
+    here = unit[:-1, :-1]
+    area = (unit[:-1, 1:] - here).norm(dim=-1) * (unit[1:, :-1] - here).norm(dim=-1)
+    return torch.cat((directions[:-1, :-1], area[..., None]), dim=-1)
