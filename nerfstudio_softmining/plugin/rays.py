@@ -68,11 +68,11 @@ class MiningRayGenerator(RayGenerator):
 
         The rays themselves are constants. Their metadata has zeros that carry the gradient ([RAY_OFFSETS][]).
         """
+        if self.table is None:
+            return self.differentiate(indices)
         indices = indices.to(self.cameras.device)
         with torch.enable_grad():
             coords = (indices[:, 1:] + 0.5).requires_grad_()
-            if self.table is None:
-                return self._differentiate(indices, coords), coords
             camera, pixels = indices[:, 0], indices[:, 1:]
             rays = self._bundle(indices)
             last = self.table.size[self.table.lens[camera]] - 1
@@ -85,16 +85,19 @@ class MiningRayGenerator(RayGenerator):
             rays.metadata[RAY_OFFSETS["directions"]] = change
         return rays, coords
 
-    def _differentiate(self, indices: Tensor, coords: Tensor) -> RayBundle:
-        """Make rays by nerfstudio's own function, and move their gradient to the metadata."""
-        rays = self.cameras.generate_rays(camera_indices=indices[:, :1], coords=coords)
+    def differentiate(self, indices: Int64[Tensor, "n 3"]) -> tuple[RayBundle, Float[Tensor, "n 2"]]:
+        """Return the same by differentiating nerfstudio's own ray generation."""
+        indices = indices.to(self.cameras.device)
+        with torch.enable_grad():
+            coords = (indices[:, 1:] + 0.5).requires_grad_()
+            rays = self.cameras.generate_rays(camera_indices=indices[:, :1], coords=coords)
         for name, key in RAY_OFFSETS.items():
             ray_part = getattr(rays, name)
             setattr(rays, name, ray_part.detach())
             if ray_part.requires_grad:
                 rays.metadata[key] = ray_part - ray_part.detach()
         rays.pixel_area = rays.pixel_area.detach()
-        return rays
+        return rays, coords
 
     def _look_up(self, camera: Tensor, pixels: Tensor) -> Float[Tensor, "n 4"]:
         assert self.table is not None
