@@ -75,7 +75,8 @@ def compare(
                             entries.append({"iteration": fit.iteration, "psnr": fit.psnr(), **meter.read(batch)})
                     for entry in entries:
                         results.add(name, sampler, seed, {"batch": batch, "photo": path.stem, **entry})
-    write(results.content, output)
+    if results.content["runs"]:
+        write(results.content, output)
     return not results.content["failures"]
 
 

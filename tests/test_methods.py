@@ -33,8 +33,7 @@ def test_learning_rates_of_lite_methods_fall_over_the_whole_training(method, ite
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
-        end = config.optimizers[group]["scheduler"].lr_final
-        assert rates[0] == pytest.approx(1e-2) and rates[-1] == pytest.approx(end) and end < 1e-2
+        assert rates[0] == pytest.approx(1e-2) and rates[-1] == pytest.approx(4e-3)
         assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
 
 

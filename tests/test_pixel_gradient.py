@@ -67,9 +67,10 @@ def make_model(**changes):
     return model.train()
 
 
-def with_and_without_gradient(cameras: Cameras, indices: torch.Tensor) -> tuple[RayBundle, RayBundle]:
-    generator = MiningRayGenerator(cameras)
-    return generator.differentiable(indices)[0], generator.mined(indices)
+def ours_and_theirs(cameras: Cameras, indices: torch.Tensor) -> tuple[RayBundle, RayBundle]:
+    """Rays with a pixel gradient, and nerfstudio's own."""
+    theirs = cameras.generate_rays(camera_indices=indices[:, :1], coords=indices[:, 1:] + 0.5)
+    return MiningRayGenerator(cameras).differentiable(indices)[0], theirs
 
 
 def mining_batch(**filled) -> MiningBatch:
@@ -127,11 +128,11 @@ def test_pixel_gradient_is_a_finite_difference_of_the_rendered_error(kind):
 
 
 def test_pixel_gradient_leaves_values_and_network_gradients_alone():
-    """Rays that carry the pixel gradient render and train bit for bit like those that do not."""
+    """Rays that carry the pixel gradient render and train bit for bit like nerfstudio's own."""
     indices, truth = indices_and_truth()
     cameras = make_cameras(**CAMERAS["perspective"])
     results = []
-    for rays in with_and_without_gradient(cameras, indices):
+    for rays in ours_and_theirs(cameras, indices):
         model = make_model()
         outputs, losses = forward(model, rays, truth)
         sum(losses.values()).backward()
@@ -158,7 +159,7 @@ def test_camera_optimizer_gets_its_gradient_beside_the_pixels():
     indices, truth = indices_and_truth()
     cameras = make_cameras(**CAMERAS["perspective"])
     gradients = []
-    for rays in with_and_without_gradient(cameras, indices):
+    for rays in ours_and_theirs(cameras, indices):
         model.zero_grad()
         _, losses = forward(model, rays, truth)
         sum(losses.values()).backward()

@@ -115,12 +115,19 @@ def test_what_has_no_common_centre_or_does_not_turn_has_no_table():
 
 @pytest.mark.parametrize("name", ["several lenses", "perspective"])
 def test_too_many_lenses_are_left_to_nerfstudio_with_a_word_if_that_is_slow(name, monkeypatch, capsys):
-    monkeypatch.setattr(rays_module, "MAX_TABLE_BYTES", 32 * 64 * 16 - 1)
+    monkeypatch.setattr(rays_module, "SMALL_TABLE_BYTES", 32 * 64 * 16 - 1)
     cameras = make_cameras(name)
     generator, indices = MiningRayGenerator(cameras), all_pixels(cameras)
     assert torch.equal(generator.mined(indices).directions, theirs(cameras, indices).directions)
     printed = " ".join(capsys.readouterr().out.split())
     assert ("3 distorted lenses" in printed and "Undistort the images" in printed) == (name == "several lenses")
+
+
+def test_a_table_takes_far_less_memory_than_many_images(monkeypatch):
+    monkeypatch.setattr(rays_module, "SMALL_TABLE_BYTES", 0)
+    for copies, has_table in ((5, False), (6, True)):  # a quarter of the bytes of 22 images is that of one lens
+        cameras = make_cameras("distorted")[torch.arange(COUNT).repeat(copies)]
+        assert (MiningRayGenerator(cameras).table is not None) == has_table
 
 
 def test_a_table_is_made_in_parts(monkeypatch):

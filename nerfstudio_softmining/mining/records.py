@@ -37,6 +37,31 @@ def concatenate(*records: Record, dim: int = 0) -> Record:
     return type(records[0])(*(torch.cat(fields, dim=dim) for fields in zip(*records, strict=True)))
 
 
+def unflatten(record: Record, shape: tuple[int, int]) -> Record:
+    """Split the first dimension of all fields into two, as `Tensor.unflatten`; one of them may be -1.
+
+    >>> from typing import NamedTuple
+    >>> class Points(NamedTuple):
+    ...     x: Tensor
+    >>> unflatten(Points(torch.tensor([1, 2, 3, 4])), (2, -1))
+    Points(x=tensor([[1, 2],
+            [3, 4]]))
+    """
+    return type(record)(*(field.unflatten(0, shape) for field in record))
+
+
+def flatten(record: Record) -> Record:
+    """Join the first two dimensions of all fields, which undoes [unflatten][].
+
+    >>> from typing import NamedTuple
+    >>> class Points(NamedTuple):
+    ...     x: Tensor
+    >>> flatten(Points(torch.tensor([[1, 2], [3, 4]])))
+    Points(x=tensor([1, 2, 3, 4]))
+    """
+    return type(record)(*(field.flatten(0, 1) for field in record))
+
+
 def where(condition: Bool[Tensor, "*n"], chosen: Record, other: Record) -> Record:
     """Choose entries of one record where a condition holds, else those of another.
 

@@ -20,8 +20,10 @@ RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
 to the pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
 SINGLE_CENTRE = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR, CameraType.FISHEYE624)
 """Types of camera whose rays all start at its position, in directions that turn with its rotation."""
-MAX_TABLE_BYTES = 1 << 28
-"""Memory that the tables of all lenses may take."""
+SMALL_TABLE_BYTES = 1 << 25
+"""Memory that the tables of all lenses may always take."""
+IMAGE_FRACTION = 0.25
+"""Part of the memory of the images, at 3 bytes a pixel, that they may take."""
 ROW_BYTES = 16
 """Memory of one pixel in a table."""
 SMALLEST_LENGTH = 1e-7
@@ -144,11 +146,12 @@ def make_table(cameras: Cameras) -> LensTable | None:
     lenses, lens = torch.cat([part.double() for part in parts], dim=-1).unique(dim=0, return_inverse=True)
     size = lenses[:, 5:7].long()
     num_pixels = size.prod(dim=-1)
-    if int(num_pixels.sum()) * ROW_BYTES > MAX_TABLE_BYTES:
+    table_bytes, image_bytes = ROW_BYTES * int(num_pixels.sum()), 3 * int(num_pixels[lens].sum())
+    if table_bytes > max(SMALL_TABLE_BYTES, IMAGE_FRACTION * image_bytes):
         if cameras.distortion_params is not None and cameras.distortion_params.any():
             rich.print(
                 f"[yellow]{len(lenses):,} distorted lenses: a table of their rays would take "
-                f"{int(num_pixels.sum()) * ROW_BYTES / 1e9:.1f} GB, so distortion is undone in every step. "
+                f"{table_bytes / 1e9:.1f} GB, so distortion is undone in every step. "
                 "Undistort the images to save that time.[/yellow]"
             )
         return None

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nerfstudio_softmining.errors import SettingError
-from nerfstudio_softmining.mining.records import concatenate, take
+from nerfstudio_softmining.mining.records import concatenate, take, unflatten
 from nerfstudio_softmining.samplers.cells import Grid, PixelDensity
 from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
 from nerfstudio_softmining.settings import Count
@@ -250,26 +250,21 @@ class DensitySampler(Sampler[Config, State]):
         """
         density = self.density(state)
         if density is None or num_drawn == 0:
-            return _batched(self.images.uniform(times * num_uniform), (times, num_uniform))
+            return unflatten(self.images.uniform(times * num_uniform), (times, num_uniform))
         # stratified draws are in order: each batch takes every `times`-th of them
         drawn = density.draw(times * num_drawn, self.is_stratified)
-        drawn = PixelSamples(*(part.transpose(0, 1) for part in _batched(drawn, (num_drawn, times))))
+        drawn = PixelSamples(*(part.transpose(0, 1) for part in unflatten(drawn, (num_drawn, times))))
         if num_uniform == 0:
             return drawn
         uniform = self.images.uniform(times * num_uniform)
         uniform = uniform._replace(density_ratio=density.density_ratio(uniform))
-        return concatenate(drawn, _batched(uniform, (times, num_uniform)), dim=1)
+        return concatenate(drawn, unflatten(uniform, (times, num_uniform)), dim=1)
 
     def mix(self, samples: PixelSamples, num_uniform: int) -> Samples:
         """Return a batch of samples whose density ratios are those of its mixture with uniform rays."""
         fraction = num_uniform / len(samples.density_ratio)
         mixed = fraction + (1 - fraction) * samples.density_ratio
         return Samples(samples._replace(density_ratio=mixed), num_uniform)
-
-
-def _batched(samples: PixelSamples, shape: tuple[int, int]) -> PixelSamples:
-    """Split the first dimension of all tensors into two."""
-    return PixelSamples(*(part.unflatten(0, shape) for part in samples))
 
 
 def pixel_centres(images: TrainingImages, batch: MiningBatch) -> PixelSamples:

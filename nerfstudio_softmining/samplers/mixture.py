@@ -18,7 +18,7 @@ from torch import Tensor
 from nerfstudio_softmining.errors import SettingError
 from nerfstudio_softmining.mining import density as dens
 from nerfstudio_softmining.mining import metropolis
-from nerfstudio_softmining.mining.records import concatenate, take, where
+from nerfstudio_softmining.mining.records import concatenate, flatten, take, unflatten, where
 from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerContext, Samples
 from nerfstudio_softmining.samplers.cells import PixelDensity
 from nerfstudio_softmining.samplers.detail import ERROR_POWER, Detail, DetailConfig, DetailState
@@ -183,12 +183,11 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         chains, samples = self._propose(chains, density)
         if num_chains < count:
             rest = self.map.draw_batches(state.map, times, num_drawn, num_uniform)
-            by_step = PixelSamples(*(part.unflatten(0, (times, num_chains)) for part in samples))
-            samples = PixelSamples(*(part.flatten(0, 1) for part in concatenate(by_step, rest, dim=1)))
+            samples = flatten(concatenate(unflatten(samples, (times, num_chains)), rest, dim=1))
         by_chains, by_map = self._chain_density(state, density, samples), density.density_ratio(samples)
         ratio = (num_chains * by_chains + num_drawn * by_map + num_uniform) / count
         samples = samples._replace(density_ratio=ratio, follows_importance=torch.zeros_like(samples.follows_importance))
-        samples = PixelSamples(*(part.unflatten(0, (times, count)) for part in samples))
+        samples = unflatten(samples, (times, count))
         block = Block(samples, torch.full_like(samples.density_ratio, torch.nan), num_chains, num_uniform, 0)
         return state._replace(chains=concatenate(chains, others)), block
 
@@ -233,20 +232,16 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
             return state
         times, num_chains = block.used, block.num_chains
         chains, others = _split(state.chains, times * num_chains)
-        chains = Chains(*(part.unflatten(0, (times, num_chains)) for part in chains))
+        chains = unflatten(chains, (times, num_chains))
         places, error = take(block.samples, slice(times)), block.error[:times]
-        places = PixelSamples(*(part.flatten(0, 1) for part in places))
-        predicted = dens.relative_weight(density.table, self.map.grid.cell(places), ERROR_POWER)
-        ratio = error / predicted.view_as(error)
-        image_index, position = (part.unflatten(0, (times, -1)) for part in (places.image_index, places.position))
-        rays = Chains(image_index, position, position, ratio)
+        predicted = dens.relative_weight(density.table, self.map.grid.cell(flatten(places)), ERROR_POWER)
+        rays = Chains(places.image_index, places.position, places.position, error / predicted.view_as(error))
         seen = take(rays, (slice(None), slice(num_chains)))
         aged = chains._replace(ratio=torch.where(seen.ratio.isnan(), 1.0, self.config.memory) * chains.ratio)
         chains = self._choose(aged, seen._replace(position=chains.proposed), density, is_step=True)
         drawn = take(rays, (slice(None), slice(num_chains, error.shape[1] - block.num_uniform)))
         chains = self._propose_starts(chains, drawn, density)
-        moved = Chains(*(part.flatten(0, 1) for part in chains))
-        return state._replace(chains=concatenate(others, moved), block=None)
+        return state._replace(chains=concatenate(others, flatten(chains)), block=None)
 
     def _propose_starts(self, chains: Chains, drawn: Chains, density: PixelDensity) -> Chains:
         """Propose rays [times, drawn] of the map to some of the chains [times, chains] of the same batch."""
@@ -267,8 +262,7 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         """Return the chains, moved to the places proposed to them where they accept these."""
 
         def weight(place: Chains) -> Tensor:
-            flat, table = Chains(*(part.flatten(0, 1) for part in place)), density.table
-            tile = self.map.grid.tile(_samples(flat)).view_as(place.ratio)
+            tile, table = self.map.grid.tile(_samples(flatten(place))).view_as(place.ratio), density.table
             # a step finds a tile in proportion to its area, the map by its own density
             found = self.area[tile] if is_step else (table.sums[tile] * table.factors[tile]).float()
             return place.ratio * self.predicted[tile] / found
