@@ -33,23 +33,23 @@ class _WeightedRows(torch.autograd.Function):
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
             of_table = torch.zeros_like(table)
-            _accumulate(of_table, index.flatten(), (weights[..., None] * gradient[:, None]).flatten(0, 1))
+            _add_weighted(of_table, index, weights, gradient)
         if ctx.needs_input_grad[2]:
             rows = table.index_select(0, index.flatten()).view(*index.shape, -1)
             of_weights = torch.bmm(rows, gradient[..., None])[..., 0]
         return of_table, None, of_weights
 
 
-def _accumulate(table: Tensor, index: Tensor, values: Tensor) -> None:
-    """Add values [n, features] to rows of a table [rows, features] in place."""
+def _add_weighted(table: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:
+    """Add gradients [n, features] times weights [n, corners] to rows [n, corners] of a table [rows, features]."""
     if table.device.type != "cpu" or table.shape[1] % 2:
-        table.index_add_(0, index, values)
+        table.index_add_(0, index.flatten(), (weights[..., None] * gradient[:, None]).flatten(0, 1))
         return
-    # pairs as complex numbers in one dimension: three times as quick as rows, and always in the same order
-    pairs, target = torch.view_as_complex(values.view(-1, 2)), torch.view_as_complex(table.view(-1, 2))
-    per_row = table.shape[1] // 2
-    place = index.long()[:, None] * per_row + torch.arange(per_row)
-    target.scatter_add_(0, place.flatten(), pairs)
+    # pairs of features as complex numbers in one dimension: several times as quick as rows, and always in one order
+    target, pairs = (torch.view_as_complex(part.view(len(part), -1, 2)) for part in (table, gradient.contiguous()))
+    place = index.flatten().long()
+    for feature in range(target.shape[1]):
+        target[:, feature].scatter_add_(0, place, (weights * pairs[:, feature, None]).flatten())
 
 
 class QuickHashEncoding(HashEncoding):

@@ -47,6 +47,7 @@ LITE = {
     "max_res": 1024,
     "log2_hashmap_size": 17,
     "num_proposal_iterations": 1,
+    "proposal_warmup": 500,
     "num_proposal_samples_per_ray": (32,),
     "num_nerf_samples_per_ray": 24,
     "proposal_net_args_list": [

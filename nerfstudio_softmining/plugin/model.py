@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.contraction import quicken_contractions
 from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
 from nerfstudio_softmining.plugin.hash_encoding import quicken
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
@@ -64,6 +65,7 @@ class SoftMiningMixin(Model):
         compat.warn_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
         self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
         self._encodings = quicken(self)
+        quicken_contractions(self)
         self._outer_sampler().register_forward_hook(self._attach_pixel_gradient)
 
     def _outer_sampler(self) -> Sampler:
