@@ -144,6 +144,16 @@ def test_detail_is_the_difference_from_the_mean_of_the_surroundings(image):
     assert (laplacian(image) >= 0).all() and (laplacian(image) < 8 / 9 + 1e-6).all()
 
 
+@LAW
+@given(images())
+def test_bytes_have_the_detail_of_the_colours_that_they_stand_for(image):
+    values = (255 * image).round().to(torch.uint8)
+    torch.testing.assert_close(laplacian(values), laplacian(values.float() / 255), atol=1e-6, rtol=1e-5)
+    extremes = torch.zeros_like(values)
+    extremes[::2, ::2] = 255
+    torch.testing.assert_close(laplacian(extremes), laplacian(extremes.float() / 255), atol=1e-6, rtol=1e-5)
+
+
 def test_a_slope_has_no_detail_within():
     slope = torch.arange(12.0)[:, None, None] / 12 + torch.arange(9.0)[None, :, None] / 20
     assert laplacian(slope)[1:-1, 1:-1].max() < 1e-6 < 0.01 < laplacian(slope)[0].min()

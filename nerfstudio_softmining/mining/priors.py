@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 BAND = 1 << 18
@@ -79,21 +79,24 @@ def local_deviation(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
 
 
 @_by_rows
-def laplacian(image: Float[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
+def laplacian(image: Float[Tensor, "h w c"] | UInt8[Tensor, "h w c"]) -> Float[Tensor, "h w"]:
     """Compute the detail of each pixel: its absolute difference from the mean of the 3 x 3 pixels around it.
 
-    The mean over channels is taken, in [0, 8/9] for values in [0, 1]. The border is replicated, so that it is no detail
-    by itself.
+    The mean over channels is taken, in [0, 8/9] for values in [0, 1]. Bytes stand for 255 times that, and take a third
+    of the time. The border is replicated, so that it is no detail by itself.
 
     >>> import torch
     >>> step = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4)[..., None]
     >>> laplacian(step)[0]
     tensor([0.0000, 0.3333, 0.3333, 0.0000])
     """
-    rows = torch.cat((image[:1], image, image[-1:]))
+    is_bytes = image.dtype == torch.uint8
+    values = image.short() if is_bytes else image  # 16 bits hold the sum of 18 bytes, of either sign
+    rows = torch.cat((values[:1], values, values[-1:]))
     sums = rows[:-2] + rows[1:-1] + rows[2:]
     sums = torch.cat((sums[:, :1], sums, sums[:, -1:]), dim=1)
     sums = sums[:, :-2] + sums[:, 1:-1] + sums[:, 2:]
-    difference = sums.div_(-9).add_(image).abs_()
+    difference = sums.sub_(values, alpha=9).abs_()
     # channel by channel, as a mean over few neighbours in memory is slow
-    return functools.reduce(torch.add, difference.unbind(-1)) / image.shape[-1]
+    total = functools.reduce(torch.add, difference.unbind(-1))
+    return total.float() / (9 * image.shape[-1] * (255 if is_bytes else 1))

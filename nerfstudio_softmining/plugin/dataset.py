@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import random
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
+import torch
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.utils.dataloaders import CacheDataloader
+from nerfstudio.utils.misc import get_dict_to_torch
 from PIL import Image
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -82,19 +89,47 @@ class ByteImages(Dataset):
 
 
 class ImageCache(CacheDataloader):
-    """nerfstudio's cache, which moves images of different sizes to the device as well."""
+    """nerfstudio's cache, which needs no more memory than the images it keeps.
+
+    Images are decoded in parallel, and each goes straight to its place on the device. Images of different sizes stay
+    apart, on the device as well.
+    """
 
     def _get_collated_batch(self) -> dict[str, Any]:
-        batch = super()._get_collated_batch()
+        assert isinstance(self.dataset, Sized)
+        indices = random.sample(range(len(self.dataset)), k=self.num_images_to_sample_from)
         on_host = self.exclude_batch_keys_from_device or []
-        for key, value in batch.items():
-            if key not in on_host and _is_list_of_tensors(value):
-                batch[key] = [part.to(self.device) for part in value]
-        return batch
+        devices = defaultdict(lambda: self.device, dict.fromkeys(on_host, "cpu"))
+        first = self.dataset[indices[0]]
+        joined = {
+            key: torch.empty(len(indices), *value.shape, dtype=value.dtype, device=devices[key])
+            for key, value in first.items()
+            if isinstance(value, Tensor)
+        }
 
+        def load(place: int) -> dict[str, Any]:
+            """Put what fits of an image in its place, and return the rest."""
+            item = self.dataset[indices[place]]
+            for key in joined.keys() & item.keys():
+                if item[key].shape == joined[key].shape[1:]:
+                    joined[key][place] = item.pop(key)
+            return item
 
-def _is_list_of_tensors(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(part, Tensor) for part in value)
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            places = executor.map(load, range(len(indices)))
+            rest = list(track(places, "Loading images", total=len(indices), transient=True))
+        batch: dict[str, Any] = {}
+        for key, values in joined.items():
+            fits = all(key not in item for item in rest)
+            batch[key] = (
+                values
+                if fits
+                else [
+                    item.pop(key).to(devices[key]) if key in item else values[place].clone()
+                    for place, item in enumerate(rest)
+                ]
+            )
+        return batch | get_dict_to_torch(self.collate_fn(rest), device=self.device, exclude=on_host)
 
 
 def describe_broken(files: dict[str, Path], error: Exception) -> str:

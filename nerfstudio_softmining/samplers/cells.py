@@ -51,6 +51,7 @@ class Grid:
         self._starts = [0, *itertools.accumulate(rows * columns for rows, columns in self.tile_shapes)]
         self.num_tiles = self._starts[-1]
         self.num_cells = self.num_tiles * tile_side**2
+        self._even_weights: dict[tuple, Tensor] = {}
 
     @classmethod
     def with_cell_size(cls, images: TrainingImages, cell_size: int, tile_side: int = 1, levels: int = 0) -> Grid:
@@ -147,7 +148,13 @@ class Grid:
 
     def pixel_weights(self, cache_index: int) -> Float[Tensor, " cells"]:
         """Return the weight in [0, 1] of each cell of an image in a uniform draw."""
-        return self.sums(cache_index, self.images.pixel_weight(cache_index)) / self.cell_size**2
+        if not self.images.is_even:
+            return self.sums(cache_index, self.images.pixel_weight(cache_index)) / self.cell_size**2
+        layout = self.images.sizes[cache_index], self.shapes[cache_index]
+        if layout not in self._even_weights:  # a capture has hundreds of images of one size
+            sums = self.sums(cache_index, self.images.pixel_weight(cache_index))
+            self._even_weights[layout] = sums / self.cell_size**2
+        return self._even_weights[layout]
 
     def sums(self, cache_index: int, values: Float[Tensor, "h w"]) -> Float[Tensor, " cells"]:
         """Sum values over the pixels of each cell of an image; 0 for places without a cell."""
@@ -201,7 +208,8 @@ class PixelDensity:
         images = grid.images
         log_weights = torch.empty(grid.num_cells, dtype=torch.uint8, device=images.device)
         for index in images.track(description):
-            sums = grid.sums(index, weights(index) * images.pixel_weight(index))
+            pixels = weights(index)
+            sums = grid.sums(index, pixels if images.is_even else pixels * images.pixel_weight(index))
             log_weights[grid.cell_slice(index)] = dens.encode(sums / grid.cell_size**2)
         return cls.from_cells(grid, log_weights)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from rich.progress import track
 from torch import Tensor
 
@@ -110,9 +110,11 @@ class TrainingImages:
         self.is_equirectangular = is_equirectangular
         self.all_valid = self._mask is None and fisheye_crop_radius is None
         """Whether every pixel may be drawn."""
+        self.is_even = self.all_valid and not is_equirectangular
+        """Whether a uniform draw is uniform over pixels."""
         self.max_integer_weight = SOLID_ANGLE if is_equirectangular else 1
         """The largest [integer_weight][] that a pixel can have."""
-        self._run_ends = None if self.all_valid and not is_equirectangular else self._count_runs()
+        self._run_ends = None if self.is_even else self._count_runs()
         self.total = self.num_pixels if self._run_ends is None else int(self._run_ends[-1])
         """Sum of the integer weights of all pixels."""
         if self.total == 0:
@@ -148,6 +150,11 @@ class TrainingImages:
             image = torch.cat((image[..., :3] * image[..., 3:], image[..., 3:]), dim=-1)
         return image
 
+    def image_or_bytes(self, cache_index: int) -> Float[Tensor, "h w c"] | UInt8[Tensor, "h w c"]:
+        """Return one cached image, in bytes where these are its colours, which saves time and memory."""
+        part = self._part("image", cache_index)
+        return part if part.dtype == torch.uint8 and part.shape[-1] < 4 else self.image(cache_index)
+
     def _part(self, key: str, cache_index: int) -> Tensor:
         value, (height, width) = self.values[key], self.sizes[cache_index]
         if value.dim() == 4:
@@ -168,7 +175,7 @@ class TrainingImages:
 
     def pixel_weight(self, cache_index: int) -> Float[Tensor, "h w"]:
         """Return the weight in [0, 1] of each pixel of one cached image in a uniform draw."""
-        if self._run_ends is None:
+        if self.is_even:
             return torch.ones((), device=self.device).expand(self.sizes[cache_index])
         row = torch.arange(self.sizes[cache_index][0], device=self.device)
         solid_angle = self._solid_angle(cache_index, row) / self.max_integer_weight
