@@ -17,6 +17,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.models.nerfacto import NerfactoModel
 from rich.console import Console
 
 from nerfstudio_softmining.bench import bench, meter, preset, report, training
@@ -292,6 +295,56 @@ def test_evaluation_is_not_counted_as_training(monkeypatch):
             pass
     assert clocked.read(64)["seconds"] == 13.0
     assert clocked.read(64)["rays_per_second"] == round(64 / 1.5)
+
+
+def test_steps_are_timed_beside_stock_nerfacto_with_the_same_model(data, tmp_path):
+    scene = SMALL["scenes"][0] | {"same_settings": True}
+    names = ["nerfacto,datamanager=vanilla", "uniform", "mixture"]
+    path = write_preset(tmp_path, scenes=[scene], samplers=names, seeds=[0], rounds=3, steps=4)
+    output = tmp_path / "out"
+    run = subprocess.run(command(path, data, output), capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    costs = json.loads((output / "step_time.json").read_text())["scene"]
+    assert list(costs) == names
+    for name, cost in costs.items():
+        assert len(cost["seconds"]) == 2 and min(cost["seconds"]) > 0
+        stages = cost["stages"]
+        assert all(stages[stage] > 0 for stage in ("draw", "rays", "forward", "loss", "backward", "optimizers"))
+        assert 0.2 < sum(stages.values()) / max(cost["seconds"]) < 5
+        assert cost["operations"] > 500 and cost["host_memory"] > 1e8 and cost["start_up"] > 1
+        assert name in (output / "report.md").read_text()
+    assert (output / "scene_stages.png").stat().st_size > 5000
+
+
+def test_a_method_that_cannot_be_timed_is_named_and_the_others_are_timed(data, tmp_path):
+    (tmp_path / "empty" / "broken").mkdir(parents=True)
+    (tmp_path / "empty" / "scene").symlink_to(data / "scene")
+    scenes = [SMALL["scenes"][0] | {"path": name} for name in ("broken", "scene")]
+    path = write_preset(tmp_path, scenes=scenes, samplers=["uniform"], seeds=[0], rounds=2, steps=1)
+    run = subprocess.run(
+        command(path, tmp_path / "empty", tmp_path / "out"), capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stdout + run.stderr
+    assert "broken, uniform failed: Blender finds no scene" in (tmp_path / "out" / "report.md").read_text()
+    assert json.loads((tmp_path / "out" / "step_time.json").read_text())["scene"]["uniform"]["seconds"]
+
+
+def test_another_method_gets_the_settings_of_the_scenes_method(data):
+    scene = preset.Scene("scene", SMALL["scenes"][0]["method"], same_settings=True)
+    ours = preset.trainer_config(scene, "uniform", 0, data, data)
+    theirs = preset.trainer_config(scene, "nerfacto,datamanager=vanilla", 0, data, data)
+    ours_model, theirs_model = vars(ours.pipeline.model), vars(theirs.pipeline.model)
+    assert {name: ours_model[name] for name in theirs_model.keys() - {"_target"}} == {
+        name: value for name, value in theirs_model.items() if name != "_target"
+    }
+    assert theirs.pipeline.model._target is NerfactoModel and ours.pipeline.model._target is not NerfactoModel
+    assert type(theirs.pipeline.datamanager) is VanillaDataManagerConfig
+    assert theirs.pipeline.datamanager.train_num_rays_per_batch == ours.pipeline.datamanager.train_num_rays_per_batch
+    for group, settings in ours.optimizers.items():
+        assert theirs.optimizers[group]["optimizer"].lr == settings["optimizer"].lr
+        assert type(theirs.optimizers[group]["optimizer"]) is AdamOptimizerConfig
+    alone = preset.trainer_config(replace(scene, same_settings=False), "nerfacto", 0, data, data)
+    assert alone.pipeline.model.max_res != ours.pipeline.model.max_res
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX can send Ctrl-C to one other process")

@@ -14,6 +14,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio_softmining.bench import report
 from nerfstudio_softmining.bench.preset import Preset, Scene, read, trainer_config
 from nerfstudio_softmining.bench.results import Results, check_flags, make_progress
+from nerfstudio_softmining.bench.step_time import run_step_time
 from nerfstudio_softmining.bench.training import Run, train
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
@@ -38,13 +39,11 @@ def run_bench(
         UserError: for a preset, a flag or data that cannot be used, before anything is trained.
     """
     preset = override(read(path), changes)
+    _check(preset, data, output)
+    if preset.rounds:
+        return run_step_time(preset, data, output)
     results = Results(output, preset.at, {scene.path: dataclasses.asdict(scene) for scene in preset.scenes})
     runs = list(product(preset.seeds, preset.scenes, preset.samplers))
-    for seed, scene, sampler in runs:
-        trainer_config(scene, sampler, seed, data, output / "runs")  # to find mistakes before hours have gone by
-    for scene in preset.scenes:
-        if not (data / scene.path).is_dir():
-            raise UserError(f"--data is {data}, which has no folder {scene.path}. Name the folder that it is in.")
     if not torch.cuda.is_available():
         compat.prepare_cpu()
     last = preset.at[-1]
@@ -85,6 +84,15 @@ def run_bench(
         report.write(preset, results.content, output)
         report.print_summary(preset, results.content, output)
     return not results.content["failures"]
+
+
+def _check(preset: Preset, data: Path, output: Path) -> None:
+    """Find mistakes in a preset and its data before hours have gone by."""
+    for seed, scene, sampler in product(preset.seeds, preset.scenes, preset.samplers):
+        trainer_config(scene, sampler, seed, data, output / "runs")
+    for scene in preset.scenes:
+        if not (data / scene.path).is_dir():
+            raise UserError(f"--data is {data}, which has no folder {scene.path}. Name the folder that it is in.")
 
 
 def override(preset: Preset, changes: dict) -> Preset:

@@ -11,12 +11,18 @@ from typing import Any, cast
 import yaml
 from nerfstudio.configs.dataparser_configs import all_dataparsers
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.trainer import TrainerConfig
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.samplers import registry
 from nerfstudio_softmining.settings import apply
+
+VANILLA = "datamanager=vanilla"
+"""Setting of another method: nerfstudio's datamanager that draws rays in the process that trains."""
+BATCH_SIZES = {"train_num_rays_per_batch", "eval_num_rays_per_batch"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Scene:
     """Name of the dataparser, such as colmap; the method's own if None."""
     set: tuple[str, ...] = ()
     """Settings of the model, the datamanager or the sampler, as name=value."""
+    same_settings: bool = False
+    """Give other nerfstudio methods the model settings, batch size and learning rates of `method`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ class Preset:
     """Iterations at which the held-out views are rendered; the last ends a run."""
     targets: tuple[float, ...] = ()
     """PSNRs in dB to which iterations are counted; if empty, uniform's own at each of `at`."""
+    rounds: int = 0
+    """Rounds in which steps are timed, the first of which is left out; 0: train and evaluate instead."""
+    steps: int = 40
+    """Steps of a round."""
     paper: str | None = None
     """CSV file beside the preset with the paper's figures."""
     folder: Path = field(default=Path("."), compare=False)
@@ -102,6 +114,11 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
         names = ", ".join((*specs, *registry.ALIASES))
         raise UserError(f"{method!r} is neither a sampler ({names}) nor an installed nerfstudio method.")
     config: TrainerConfig = deepcopy(all_methods[method])  # type: ignore[assignment]
+    if not is_sampler and VANILLA in sampler_settings:
+        sampler_settings.remove(VANILLA)
+        config.pipeline.datamanager = VanillaDataManagerConfig()
+    if not is_sampler and scene.same_settings:
+        config = _with_settings_of(all_methods[scene.method], config)
     model, manager = config.pipeline.model, cast(Any, config.pipeline.datamanager)
     configs = [model, manager, getattr(manager, "pixel_sampler", None)]
     if is_sampler:
@@ -124,6 +141,21 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     for part in configs:
         if hasattr(part, "__post_init__"):
             part.__post_init__()  # checks the values
+    return config
+
+
+def _with_settings_of(ours: TrainerConfig, theirs: TrainerConfig) -> TrainerConfig:
+    """Return a method with the model settings, batch size, precision and learning rates of another."""
+    config = deepcopy(ours)
+    config.pipeline, config.method_name = theirs.pipeline, theirs.method_name
+    for part, other, names in (
+        (config.pipeline.model, ours.pipeline.model, vars(config.pipeline.model).keys() - {"_target"}),
+        (config.pipeline.datamanager, ours.pipeline.datamanager, BATCH_SIZES),
+    ):
+        for name in names & vars(other).keys():
+            setattr(part, name, deepcopy(getattr(other, name)))
+    for group in config.optimizers.values():
+        group["optimizer"] = AdamOptimizerConfig(lr=group["optimizer"].lr, eps=group["optimizer"].eps)
     return config
 
 
