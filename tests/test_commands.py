@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view, write_scene
 from nerfstudio_softmining.plugin import compat
@@ -95,6 +96,15 @@ def config(runs: Path, scene: Path) -> Path:
     """The config file of a finished run."""
     train(runs, scene, "whole", STEPS, "--decay-steps", STEPS)
     return runs / "whole" / METHOD / "run" / "config.yml"
+
+
+def test_metrics_of_soft_mining_are_in_tensorboard(config):
+    log = EventAccumulator(str(config.parent))
+    log.Reload()
+    scalars = {name: log.Scalars(name)[-1].value for name in log.Tags()["scalars"] if name.startswith("Soft Mining/")}
+    assert scalars["Soft Mining/chains"] == pytest.approx(0.4, abs=0.01)
+    assert 0.2 < scalars["Soft Mining/effective sample size"] <= 1
+    assert len(log.Images("Soft Mining/density")) > 1 and log.Histograms("Soft Mining/image of rays")
 
 
 def test_resuming_goes_on_bit_for_bit(config, runs, scene):

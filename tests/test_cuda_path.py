@@ -194,6 +194,18 @@ def test_images_on_the_host_are_drawn_from_there_with_their_masks(scenes, kind, 
     assert {image.device.type for image in images} == {"cpu"}
 
 
+@pytest.mark.parametrize("num_images, fits", [(-1, False), (1, True)])
+def test_images_that_a_gpu_has_no_room_for_stay_on_the_host(scenes, num_images, fits, monkeypatch, capsys):
+    manager = Training(scenes["plain"], "mixture", torch.device("cpu"), begin=False).pipeline.datamanager
+    size = 3 * int((manager.train_dataset.cameras.height * manager.train_dataset.cameras.width).sum())
+    assert manager._images_fit_on_device()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, 2 * size))
+    monkeypatch.setattr(manager, "device", torch.device("cuda"))
+    manager.config.train_num_images_to_sample_from = num_images
+    assert manager._images_fit_on_device() == fits
+    assert ("stay on the host" in capsys.readouterr().out.replace("\n", " ")) != fits
+
+
 @pytest.mark.parametrize("scene", ["masks", "mixed sizes and masks"])
 def test_images_and_masks_are_cached_on_the_device_and_those_of_evaluation_on_the_host(scenes, scene):
     with VirtualDevice():

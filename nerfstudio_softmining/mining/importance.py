@@ -65,3 +65,12 @@ def soft_weights(density_ratio: Float[Tensor, " n"], alpha: float) -> Float[Tens
     tensor([2.0000, 1.0000, 0.5000])
     """
     return density_ratio.clamp_min(MIN_DENSITY_RATIO).pow(-alpha)
+
+
+def effective_sample_size(weights: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Compute how many samples of equal weight are worth as much as these weighted ones, (sum w)^2 / sum w^2 (Kish).
+
+    >>> effective_sample_size(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    tensor(3.)
+    """
+    return weights.sum().square() / weights.square().sum()

@@ -16,6 +16,7 @@ from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIn
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.ray_generators import RayGenerator
 from nerfstudio.utils import comms
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
@@ -24,6 +25,9 @@ from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, SoftMin
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
+
+IMAGE_MEMORY = 0.7
+"""Fraction of a GPU's free memory that images may take."""
 
 
 @dataclass
@@ -67,6 +71,8 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
     ) -> None:
         compat.prepare(device)
         self._mining_batch: MiningBatch | None = None
+        self.last_batch: MiningBatch | None = None
+        """The batch of the last step, as the model and the backward pass have filled it in."""
         self._loss_scale: Tensor | None = None
         self._random_state: dict | None = None
         self._starts_apart = False
@@ -101,11 +107,30 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
         """The cached training images, on the device if `images_on_gpu`. Loaded at the first use."""
         config, dataset = self.config, self.train_dataset
         # masks are needed where pixels are drawn, which is where the images are
-        on_host = [] if config.images_on_gpu else dataset.exclude_batch_keys_from_device
+        on_device = config.images_on_gpu and self._images_fit_on_device()
+        on_host = [] if on_device else dataset.exclude_batch_keys_from_device
         self.train_image_dataloader = self._cache(
             dataset, config.train_num_images_to_sample_from, config.train_num_times_to_repeat_images, on_host
         )
         return iter(self.train_image_dataloader)
+
+    def _images_fit_on_device(self) -> bool:
+        """Return whether the cached training images leave a GPU enough memory to train in; say so if they do not."""
+        device, cameras = torch.device(self.device), self.train_dataset.cameras
+        if device.type != "cuda":
+            return True
+        wanted = self.config.train_num_images_to_sample_from
+        fraction = 1.0 if wanted == -1 else min(1.0, wanted / len(self.train_dataset))
+        needed = 3 * fraction * float((cameras.height * cameras.width).sum())
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed <= IMAGE_MEMORY * free:
+            return True
+        CONSOLE.print(
+            f"[yellow]The training images take {needed / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free. They "
+            "stay on the host, and each step waits for its pixels. To avoid that, train on some images at a time "
+            "(--pipeline.datamanager.train-num-images-to-sample-from and -times-to-repeat-images).[/yellow]"
+        )
+        return False
 
     @cached_property
     def iter_eval_image_dataloader(self) -> Iterator[Any]:
@@ -206,7 +231,8 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
 
         def update_sampler(step: int) -> None:
             before, self._loss_scale = self._loss_scale, compat.loss_scale(scaler)
-            mining, self._mining_batch = self._mining_batch, None
+            mining = self.last_batch = self._mining_batch
+            self._mining_batch = None
             if mining is None or not isinstance(sampler, MiningPixelSampler):
                 return
             # the scaler lowers its scale when, and only when, it made the optimizers skip the step

@@ -19,6 +19,7 @@ import torch
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.utils.dataloaders import CacheDataloader
+from nerfstudio.data.utils.nerfstudio_collate import nerfstudio_collate
 from nerfstudio.utils.misc import get_dict_to_torch
 from PIL import Image
 from rich.progress import track
@@ -78,6 +79,7 @@ class ByteImages(Dataset):
 
     def __init__(self, dataset: InputDataset) -> None:
         self._dataset = copy.copy(dataset)
+        self.cameras = dataset.cameras
         # blending with the background is left to the pixels that are drawn, in float32 as nerfstudio does it
         self._dataset._dataparser_outputs = dataclasses.replace(dataset._dataparser_outputs, alpha_color=None)
 
@@ -92,20 +94,28 @@ class ImageCache(CacheDataloader):
     """nerfstudio's cache, which needs no more memory than the images it keeps.
 
     Images are decoded in parallel, and each goes straight to its place on the device. Images of different sizes stay
-    apart, on the device as well.
+    apart, on the device as well. `collate_fn` has no effect.
     """
+
+    def _is_one_size(self) -> bool:
+        """Return whether all images are of one size, as far as the cameras tell."""
+        cameras = getattr(self.dataset, "cameras", None)
+        return cameras is None or all(len(size.unique()) == 1 for size in (cameras.height, cameras.width))
 
     def _get_collated_batch(self) -> dict[str, Any]:
         assert isinstance(self.dataset, Sized)
         indices = random.sample(range(len(self.dataset)), k=self.num_images_to_sample_from)
         on_host = self.exclude_batch_keys_from_device or []
         devices = defaultdict(lambda: self.device, dict.fromkeys(on_host, "cpu"))
-        first = self.dataset[indices[0]]
-        joined = {
-            key: torch.empty(len(indices), *value.shape, dtype=value.dtype, device=devices[key])
-            for key, value in first.items()
-            if isinstance(value, Tensor)
-        }
+        joined: dict[str, Tensor] = {}
+        apart: dict[str, list[Tensor]] = {}
+        if self._is_one_size():
+            first = self.dataset[indices[0]]
+            joined = {
+                key: torch.empty(len(indices), *value.shape, dtype=value.dtype, device=devices[key])
+                for key, value in first.items()
+                if isinstance(value, Tensor)
+            }
 
         def load(place: int) -> dict[str, Any]:
             """Put what fits of an image in its place, and return the rest."""
@@ -118,18 +128,13 @@ class ImageCache(CacheDataloader):
         with ThreadPoolExecutor(os.cpu_count()) as executor:
             places = executor.map(load, range(len(indices)))
             rest = list(track(places, "Loading images", total=len(indices), transient=True))
-        batch: dict[str, Any] = {}
-        for key, values in joined.items():
-            fits = all(key not in item for item in rest)
-            batch[key] = (
-                values
-                if fits
-                else [
-                    item.pop(key).to(devices[key]) if key in item else values[place].clone()
-                    for place, item in enumerate(rest)
-                ]
-            )
-        return batch | get_dict_to_torch(self.collate_fn(rest), device=self.device, exclude=on_host)
+        for key in {key: None for item in rest for key, value in item.items() if isinstance(value, Tensor)}:
+            values = joined.pop(key, None)
+            apart[key] = [
+                item.pop(key).to(devices[key]) if key in item else values[place].clone()  # pyright: ignore[reportOptionalSubscript]
+                for place, item in enumerate(rest)
+            ]
+        return joined | apart | get_dict_to_torch(nerfstudio_collate(rest), device=self.device, exclude=on_host)
 
 
 def describe_broken(files: dict[str, Path], error: Exception) -> str:

@@ -38,13 +38,17 @@ class SoftMinedLoss(nn.Module):
         batch.importance = imp.l1_importance(prediction, truth)
         batch.error = imp.squared_error(prediction, truth)
         if batch.importance_weighted:
-            alpha = imp.warmed_up(self.alpha, batch.step, batch.alpha_warmup)
-            batch.weighted_error = self.weights(self._density_ratio(batch, batch.importance), alpha) * batch.error
+            batch.weights = self.weights(self._density_ratio(batch, batch.importance), self.alpha_at(batch))
+            batch.weighted_error = batch.weights * batch.error
         else:
             batch.weighted_error = batch.error
         if batch.coords is not None and batch.weighted_error.requires_grad:
             batch.weighted_error.retain_grad()
         return batch.weighted_error.mean()
+
+    def alpha_at(self, batch: MiningBatch) -> float:
+        """Return the softness at the step of a batch."""
+        return imp.warmed_up(self.alpha, batch.step, batch.alpha_warmup)
 
     def weights(self, density_ratio: Tensor, alpha: float) -> Tensor:
         """Compute the weight of each sample [rays] from its density p / u."""

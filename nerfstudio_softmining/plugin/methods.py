@@ -47,7 +47,7 @@ LITE = {
     "max_res": 1024,
     "log2_hashmap_size": 17,
     "num_proposal_iterations": 1,
-    "proposal_warmup": 500,
+    "proposal_warmup": 500,  # then proposal networks learn in every fifth step; nerfacto's 5,000 never come
     "num_proposal_samples_per_ray": (32,),
     "num_nerf_samples_per_ray": 24,
     "proposal_net_args_list": [

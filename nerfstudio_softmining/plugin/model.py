@@ -8,18 +8,19 @@ from typing import Any
 
 import torch
 from nerfstudio.cameras.rays import RayBundle, RaySamples
-from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler
 from nerfstudio.models.base_model import Model
 from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor, nn
 
 from nerfstudio_softmining.errors import UserError, naming_flags
-from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin import compat, viewer
 from nerfstudio_softmining.plugin.contraction import quicken_contractions
 from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
 from nerfstudio_softmining.plugin.hash_encoding import quicken
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
+from nerfstudio_softmining.plugin.metrics import MetricsLog
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.plugin.rays import RAY_OFFSETS
 from nerfstudio_softmining.samplers.base import MiningBatch
@@ -126,7 +127,16 @@ class SoftMiningMixin(Model):
                 f"--pipeline.datamanager is a {type(pipeline.datamanager).__name__}, whose sampler cannot be updated "
                 "from the loss (ParallelDataManager samples in another process). Use SoftMiningDataManagerConfig."
             )
-        return super().get_training_callbacks(training_callback_attributes)
+        callbacks = super().get_training_callbacks(training_callback_attributes)
+        trainer = training_callback_attributes.trainer
+        if trainer is not None:
+            watchers = [MetricsLog(trainer, self.rgb_loss), viewer.attach(trainer, self)]
+            callbacks += [
+                TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], watcher.update, 1)
+                for watcher in watchers
+                if watcher is not None
+            ]
+        return callbacks
 
     @property
     def _implementation(self) -> str:

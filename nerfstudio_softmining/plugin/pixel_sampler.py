@@ -12,7 +12,7 @@ from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from nerfstudio_softmining.errors import naming_flags
+from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerConfig, SamplerContext
 from nerfstudio_softmining.samplers.images import TrainingImages, to_colours
 from nerfstudio_softmining.samplers.registry import samplers
@@ -105,6 +105,8 @@ class MiningPixelSampler(PixelSampler):
         self._image_batch: dict | None = None
         self._run: SamplerRun | None = None
         self._saved: dict | None = None
+        self.draws_uniformly = False
+        """Whether the sampler is switched off for now, and all rays are uniform and weigh the same."""
         super().__init__(config, **kwargs)
 
     @property
@@ -116,7 +118,7 @@ class MiningPixelSampler(PixelSampler):
         """Make the next ray batch, with its [MiningBatch][] while training."""
         if not self.training:
             return self._sample_uniformly(image_batch)
-        if self._sampler_class.is_uniform:
+        if self._sampler_class.is_uniform or self.draws_uniformly:
             return self._uniform_mining_batch(image_batch)
         with naming_flags(self._flag):
             run = self._run_on(image_batch)
@@ -147,8 +149,9 @@ class MiningPixelSampler(PixelSampler):
             batch["indices"],
             torch.ones(count, device=batch["indices"].device),
             count,
-            importance_weighted=config.importance_weighted,
+            importance_weighted=config.importance_weighted and not self.draws_uniformly,
             alpha_warmup=config.alpha_warmup,
+            drawn_by_sampler=False,
         )
         return batch
 
@@ -166,9 +169,31 @@ class MiningPixelSampler(PixelSampler):
             batch: what came with the rays, filled in by the datamanager, the model and the backward pass.
             applied: False where the optimizer skipped the step. Chains and maps then stay as they are.
         """
-        if self._run is not None:
+        if self._run is not None and batch.drawn_by_sampler:
             applied = applied.to(batch.density_ratio.device) if isinstance(applied, Tensor) else applied
             self._run.update(batch, applied)
+
+    def live_settings(self) -> dict[str, Any]:
+        """Return the settings of the sampler that [change][] can change, and their values."""
+        config = self._config
+        return {name: getattr(config, name) for name in self._sampler_class.live_settings if hasattr(config, name)}
+
+    def change(self, name: str, value: Any) -> None:
+        """Change a live setting of the sampler from the next batch on.
+
+        Raises:
+            UserError: if the value cannot be used. The setting then stays as it was.
+        """
+        config, before = self._config, getattr(self._config, name)
+        setattr(config, name, value)
+        try:
+            with naming_flags(self._flag):
+                check(config)
+                if self._run is not None:
+                    self._run.sampler.check_settings(self.num_rays_per_batch)
+        except UserError:
+            setattr(config, name, before)
+            raise
 
     def state_dict(self) -> dict:
         """Return what a checkpoint keeps: the sampler's state and the source of its randomness."""

@@ -72,6 +72,10 @@ class MiningBatch:
     """Whether rays are weighted by their density (eq. 9)."""
     alpha_warmup: int = 0
     """Training steps over which alpha rises from 0."""
+    num_chains: int = 0
+    """Number of rays that follow chains, which are the first of the batch."""
+    drawn_by_sampler: bool = True
+    """Whether the sampler drew this batch, and is to be updated from it."""
     image_gradient: Float[Tensor, "rays channels 2"] | None = None
     """Change of each ray's true colour along rows and columns, per pixel, if the sampler needs a gradient."""
     step: int = 0
@@ -83,6 +87,8 @@ class MiningBatch:
     """Q of each ray; set by the model."""
     error: Float[Tensor, " rays"] | None = None
     """Squared error of each ray; set by the model."""
+    weights: Float[Tensor, " rays"] | None = None
+    """Weight of each ray's error; set by the model if rays are weighted."""
     weighted_error: Float[Tensor, " rays"] | None = None
     """Weighted squared error of each ray, whose gradient is kept if there are coords; set by the model."""
 
@@ -94,6 +100,8 @@ class Samples(NamedTuple):
     """The pixels and their densities."""
     num_uniform: int
     """Number of uniform ones, which are the last."""
+    num_chains: int = 0
+    """Number of those that follow chains, which are the first."""
 
 
 class Stateless(NamedTuple):
@@ -132,6 +140,8 @@ class Sampler(Generic[Config, State]):
     """Whether it needs the residual of a whole image now and then, which scenes cannot give."""
     is_uniform: ClassVar[bool] = False
     """Whether all its draws are uniform, so that the framework's own uniform draw can take its place."""
+    live_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that may change between two draws."""
     photo_settings: ClassVar[dict[str, Any]] = {}
     """Settings of its own, and alpha, that differ where a photograph is fitted."""
 
@@ -162,6 +172,19 @@ class Sampler(Generic[Config, State]):
     def update(self, state: State, batch: MiningBatch, applied: Tensor | bool) -> State:
         """Update from a batch after `backward()`. `applied` is False where the optimizer skipped the step."""
         return state
+
+    def expected_density(self, state: State, samples: PixelSamples) -> Float[Tensor, " n"] | None:
+        """Return the density p / u that given pixels are drawn with now; None where the sampler does not know it."""
+        return None
+
+    def check_settings(self, count: int) -> None:
+        """Check settings against each other and the number of rays of a batch.
+
+        Raises:
+            SettingError: if they do not go together.
+        """
+        if hasattr(self.config, "uniform_fraction"):
+            self.num_of_fraction("uniform_fraction", count)
 
     def flush(self, state: State) -> State:
         """Move pending observations into the fields kept by image."""
@@ -223,6 +246,7 @@ class DensitySampler(Sampler[Config, State]):
     1 / uniform_fraction.
     """
 
+    live_settings = ("uniform_fraction",)
     is_stratified: ClassVar[bool] = False
     """Whether every tile of the density receives its expected number of draws."""
 
@@ -234,6 +258,12 @@ class DensitySampler(Sampler[Config, State]):
         num_uniform = self.num_uniform(state, count)
         samples = take(self.draw_batches(state, 1, count - num_uniform, num_uniform), 0)
         return self.mix(samples, num_uniform), state
+
+    def expected_density(self, state: State, samples: PixelSamples) -> Float[Tensor, " n"] | None:
+        density, uniform_fraction = self.density(state), getattr(self.config, "uniform_fraction", 0.0)
+        if density is None:
+            return torch.ones_like(samples.density_ratio)
+        return uniform_fraction + (1 - uniform_fraction) * density.density_ratio(samples)
 
     def num_uniform(self, state: State, count: int) -> int:
         """Return how many rays of a batch are uniform."""

@@ -51,7 +51,6 @@ class Grid:
         self._starts = [0, *itertools.accumulate(rows * columns for rows, columns in self.tile_shapes)]
         self.num_tiles = self._starts[-1]
         self.num_cells = self.num_tiles * tile_side**2
-        self._even_weights: dict[tuple, Tensor] = {}
 
     @classmethod
     def with_cell_size(cls, images: TrainingImages, cell_size: int, tile_side: int = 1, levels: int = 0) -> Grid:
@@ -150,11 +149,11 @@ class Grid:
         """Return the weight in [0, 1] of each cell of an image in a uniform draw."""
         if not self.images.is_even:
             return self.sums(cache_index, self.images.pixel_weight(cache_index)) / self.cell_size**2
-        layout = self.images.sizes[cache_index], self.shapes[cache_index]
-        if layout not in self._even_weights:  # a capture has hundreds of images of one size
-            sums = self.sums(cache_index, self.images.pixel_weight(cache_index))
-            self._even_weights[layout] = sums / self.cell_size**2
-        return self._even_weights[layout]
+        down, right = (
+            torch.bincount(torch.arange(size, device=self.images.device) * count // size, minlength=count)
+            for size, count in zip(self.images.sizes[cache_index], self.shapes[cache_index], strict=True)
+        )
+        return self._by_tile(cache_index, down[:, None] * right / self.cell_size**2)
 
     def sums(self, cache_index: int, values: Float[Tensor, "h w"]) -> Float[Tensor, " cells"]:
         """Sum values over the pixels of each cell of an image; 0 for places without a cell."""
@@ -164,7 +163,12 @@ class Grid:
         column = torch.arange(width, device=device) * columns // width
         down = torch.zeros(rows, width, device=device).index_add_(0, row, values)
         cells = torch.zeros(rows, columns, device=device).index_add_(1, column, down)
+        return self._by_tile(cache_index, cells)
+
+    def _by_tile(self, cache_index: int, cells: Float[Tensor, "rows columns"]) -> Float[Tensor, " cells"]:
+        """Put the cells of an image in the order of its tiles; 0 for places without a cell."""
         (tile_rows, tile_columns), side = self.tile_shapes[cache_index], self.tile_side
+        rows, columns = cells.shape
         cells = F.pad(cells, (0, tile_columns * side - columns, 0, tile_rows * side - rows))
         return cells.view(tile_rows, side, tile_columns, side).transpose(1, 2).flatten()
 

@@ -100,6 +100,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     config_class = DetailConfig
     state_class = DetailState
     image_fields = ("seen", "ratio")
+    live_settings = ("uniform_fraction", "error_exponent")
     is_stratified = True
     photo_settings = {"alpha": 0.3, "uniform_fraction": 0.5}
 
@@ -112,7 +113,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
         grid = self.make_grid("details", bytes_per_cell, config.tile, MIN_TILE_SIDE, LEVELS)
         self.grid = grid
         prior = PixelDensity.from_weights(
-            grid, lambda index: priors.laplacian(images.image(index)) + config.floor, "Finding details"
+            grid, lambda index: priors.laplacian(images.image_or_bytes(index)) + config.floor, "Finding details"
         )
         self.prior = None if prior is None else prior.without_factors()
         """Density of the detail, which takes the factors of the state; None where there is no detail at all."""

@@ -69,6 +69,7 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
 
     config_class = LangevinConfig
     state_class = LangevinState
+    live_settings = ("uniform_fraction", "drift", "noise")
     photo_settings = {"drift": 1e-5, "noise": 1e-3}  # section 4.1
 
     def __init__(self, config: LangevinConfig, context: SamplerContext, images: TrainingImages) -> None:
@@ -80,8 +81,9 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
             self.start_density = PixelDensity.from_weights(grid, self._weights, f"Finding {config.reinit_from}")
 
     def _weights(self, cache_index: int) -> Float[Tensor, "h w"]:
-        image = self.images.image(cache_index)
-        return priors.sobel(image) if self.config.reinit_from == "edges" else priors.laplacian(image) + DETAIL_FLOOR
+        if self.config.reinit_from == "edges":
+            return priors.sobel(self.images.image(cache_index))
+        return priors.laplacian(self.images.image_or_bytes(cache_index)) + DETAIL_FLOOR
 
     @property
     def needs_gradient(self) -> bool:
@@ -103,7 +105,7 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
         if missing > 0:
             state = state._replace(chains=concatenate(state.chains, _chains(self.images.uniform(missing))))
         chains = PixelSamples(*take(state.chains, slice(num_chains)))
-        return Samples(concatenate(chains, self.images.uniform(num_uniform)), num_uniform), state
+        return Samples(concatenate(chains, self.images.uniform(num_uniform)), num_uniform, num_chains), state
 
     def step_scale(self, samples: PixelSamples) -> Float[Tensor, "n k"]:
         """Return the unit of drift and noise in pixels: the side of each chain's image, so that steps are isotropic."""

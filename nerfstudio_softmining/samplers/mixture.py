@@ -108,16 +108,12 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
     state_class = MixtureState
     image_fields = ("map.seen", "map.ratio")
     derived_fields = ("map.density", "total_error")
+    live_settings = ("chain_fraction", "uniform_fraction", "noise", "restart_fraction")
     photo_settings = {"alpha": 0.3, "noise": 1e-3}
 
     def __init__(self, config: MixtureConfig, context: SamplerContext, images: TrainingImages) -> None:
         super().__init__(config, context, images)
-        if config.chain_fraction + config.uniform_fraction > 1:
-            raise SettingError(
-                "chain_fraction",
-                config.chain_fraction,
-                f"more than is left beside a uniform_fraction of {config.uniform_fraction}. Their sum is at most 1.",
-            )
+        self._check_sum()
         self.map = _Map(config, context, images)
         grid, prior = self.map.grid, self.map.prior
         self.area = torch.zeros(grid.num_tiles, dtype=torch.float16, device=images.device)
@@ -130,6 +126,28 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
             if prior is not None:
                 predicted = dens.relative_weight(prior.table, grid.cells_of(index), ERROR_POWER)
                 self.predicted[tiles] = predicted.view(-1, grid.tile_side**2).sum(dim=1)
+
+    def _check_sum(self) -> None:
+        config = self.config
+        if config.chain_fraction + config.uniform_fraction > 1:
+            raise SettingError(
+                "chain_fraction",
+                config.chain_fraction,
+                f"more than is left beside a uniform_fraction of {config.uniform_fraction}. Their sum is at most 1.",
+            )
+
+    def check_settings(self, count: int) -> None:
+        self._check_sum()
+        for name in ("chain_fraction", "uniform_fraction"):
+            self.num_of_fraction(name, count)
+
+    def expected_density(self, state: MixtureState, samples: PixelSamples) -> Float[Tensor, " n"] | None:
+        density, config = state.map.density, self.config
+        if density is None:
+            return torch.ones_like(samples.density_ratio)
+        by_map = 1 - config.chain_fraction - config.uniform_fraction
+        by_chains = config.chain_fraction * self._chain_density(state, density, samples)
+        return by_chains + by_map * density.density_ratio(samples) + config.uniform_fraction
 
     def image_slice(self, cache_index: int) -> slice:
         return self.map.image_slice(cache_index)
@@ -168,7 +186,7 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         if block is None or not is_same or block.error.shape[1] != count or block.used == len(block.error):
             state, block = self._draw_block(self._settle(state), density, num_chains, count, num_uniform)
         samples = take(block.samples, block.used)
-        return Samples(samples, num_uniform), state._replace(block=block._replace(used=block.used + 1))
+        return Samples(samples, num_uniform, num_chains), state._replace(block=block._replace(used=block.used + 1))
 
     def _draw_block(
         self, state: MixtureState, density: PixelDensity, num_chains: int, count: int, num_uniform: int

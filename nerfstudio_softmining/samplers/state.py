@@ -101,6 +101,7 @@ class SamplerRun:
             pixels.follows_importance,
             config.importance_weighted,
             config.alpha_warmup,
+            samples.num_chains,
             **fields,
         )
 
