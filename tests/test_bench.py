@@ -247,6 +247,24 @@ def test_what_is_not_reached_is_said():
     assert "at most 100" in lines["uniform"] and "200 (1.00x)" in lines["uniform"]
 
 
+def test_seconds_are_compared_with_stock_nerfacto_where_it_is_there():
+    runs = [
+        {**entry(sampler, 0, at, psnr), "seconds": seconds}
+        for sampler, rows in {
+            "uniform": [(100, 20.0, 5.0), (200, 22.0, 10.0)],
+            "nerfacto": [(100, 20.0, 10.0), (200, 22.0, 20.0)],
+            "mixture": [(100, 21.0, 6.0), (200, 23.0, 12.0)],
+        }.items()
+        for at, psnr, seconds in rows
+    ]
+    frame = report.to_frame(runs)
+    lines = lines_of(report.seconds((21.5, 25.0), frame))
+    assert "18 (1.00x)" in lines["nerfacto"] and "8 (2.33x)" in lines["mixture"]
+    assert all("not reached" in lines[name] for name in ("uniform", "nerfacto", "mixture"))
+    lines = lines_of(report.seconds((21.5,), frame[frame["sampler"] != "nerfacto"]))
+    assert "9 (1.00x)" in lines["uniform"] and "(1.17x)" in lines["mixture"]
+
+
 def test_gains_over_all_scenes_are_those_over_the_same_seed_where_all_scenes_have_it():
     runs = report.to_frame(
         [
@@ -327,6 +345,12 @@ def test_a_method_that_cannot_be_timed_is_named_and_the_others_are_timed(data, t
     assert run.returncode == 1 and "Traceback" not in run.stdout + run.stderr
     assert "broken, uniform failed: Blender finds no scene" in (tmp_path / "out" / "report.md").read_text()
     assert json.loads((tmp_path / "out" / "step_time.json").read_text())["scene"]["uniform"]["seconds"]
+
+
+@pytest.mark.parametrize("changes", [{"rounds": 1}, {"rounds": -2}, {"rounds": 3, "steps": 0}])
+def test_rounds_without_anything_to_time_are_refused(data, tmp_path, changes):
+    with pytest.raises(UserError, match="rounds is"):
+        bench.run_bench(write_preset(tmp_path, **changes), data, tmp_path / "out", {})
 
 
 def test_another_method_gets_the_settings_of_the_scenes_method(data):

@@ -163,7 +163,11 @@ def test_renders(config, runs, scene):
         runs / "path.json",
         folder=runs,
     )
-    command("ns-render", "interpolate", *common, runs / "b", *images, 2, "--interpolation-steps", 2, folder=runs)
+    names = ("--rendered-output-names", "rgb", "importance", "sample_density")
+    steps = ("--interpolation-steps", 2)
+    command("ns-render", "interpolate", *common, runs / "b", *images, 2, *steps, *names, folder=runs)
+    pictures = [np.asarray(Image.open(file)) for file in (runs / "b").rglob("*.*g")]
+    assert all(picture.shape[1] > 2.5 * picture.shape[0] for picture in pictures)  # three outputs side by side
     command("ns-render", "dataset", *common, runs / "c", "--split", "test", folder=runs)
     for name, least in (("a", 1), ("b", 2), ("c", 2)):
         assert len([f for f in (runs / name).rglob("*.*g")]) >= least, name

@@ -88,6 +88,11 @@ def run_bench(
 
 def _check(preset: Preset, data: Path, output: Path) -> None:
     """Find mistakes in a preset and its data before hours have gone by."""
+    if preset.rounds == 1 or preset.rounds < 0 or preset.steps < 1:
+        raise UserError(
+            f"rounds is {preset.rounds} and steps is {preset.steps} in {preset.title!r}: the first round is left out. "
+            "Set rounds to 2 or more, and steps to 1 or more."
+        )
     for seed, scene, sampler in product(preset.seeds, preset.scenes, preset.samplers):
         trainer_config(scene, sampler, seed, data, output / "runs")
     for scene in preset.scenes:

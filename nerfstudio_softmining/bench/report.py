@@ -22,6 +22,8 @@ from nerfstudio_softmining.bench.preset import Preset
 
 BASELINE = "uniform"
 """Sampler that the others are compared with."""
+STOCK = "nerfacto"
+"""nerfstudio's own method, which iterations and seconds are compared with where a comparison has it."""
 NAMES_IN_PAPER = {"uniform": "uniform", "edge": "edge", "langevin": "soft_mining_lmc"}
 """Samplers of the paper's tables, by their names here."""
 NOT_REACHED = "not reached"
@@ -88,7 +90,7 @@ def tables(targets: Sequence[float], runs: pd.DataFrame) -> list[Table]:
         scores.append(gains(runs, BASELINE, "Gain over uniform of the same seed in dB"))
     if "ssim" in runs:
         scores.append(quality(runs, "ssim", "SSIM", digits=3))
-    return [*scores, iterations(targets, runs), equal_seconds(runs), times(runs)]
+    return [*scores, iterations(targets, runs), seconds(targets, runs), equal_seconds(runs), times(runs)]
 
 
 def quality(runs: pd.DataFrame, metric: str, title: str, digits: int = 2) -> Table:
@@ -126,16 +128,21 @@ def _row(values: pd.DataFrame, sampler: str) -> pd.Series:
     return values.loc[sampler] if sampler in values.index else pd.Series(np.nan, values.columns)
 
 
+def _baseline(table: pd.DataFrame) -> str:
+    """Return whose iterations and seconds the others are compared with: uniform, or stock nerfacto if that is there."""
+    return STOCK if STOCK in table.index else BASELINE
+
+
 def reached(targets: Sequence[float], runs: pd.DataFrame) -> pd.DataFrame:
     """Return the iterations at which means over the seeds reach PSNRs: a row for each sampler, a column for each PSNR.
 
     Args:
-        targets: PSNRs in dB; if empty, uniform's own mean at each evaluation.
+        targets: PSNRs in dB; if empty, the baseline's own mean at each evaluation.
         runs: evaluations of one scene.
     """
     means = _means(runs, "psnr")
-    # rounded down, so that uniform itself reaches them
-    targets = list(targets) or np.unique(np.floor(100 * _row(means, BASELINE).dropna()) / 100).tolist()
+    # rounded down, so that the baseline itself reaches them
+    targets = list(targets) or np.unique(np.floor(100 * _row(means, _baseline(means)).dropna()) / 100).tolist()
     rows = [[crossing(curve.dropna(), target) for target in targets] for _, curve in means.iterrows()]
     return pd.DataFrame(rows, means.index, targets)
 
@@ -166,17 +173,41 @@ def iterations(targets: Sequence[float], runs: pd.DataFrame) -> Table:
             return f"at most {first:,}"
         return f"{count:,.0f}" + ("" if np.isnan(baseline) else f" ({baseline / count:.2f}x)")
 
-    rows = [map(cell, row, _row(counts, BASELINE)) for _, row in counts.iterrows()]
+    baseline = _baseline(counts)
+    rows = [map(cell, row, _row(counts, baseline)) for _, row in counts.iterrows()]
     cells = pd.DataFrame(rows, counts.index, [f"{target:.2f} dB" for target in counts])
-    return make_table("Iterations to a PSNR of the mean over the seeds, and uniform's over these", cells)
+    return make_table(f"Iterations to a PSNR of the mean over the seeds, and {baseline}'s over these", cells)
+
+
+def seconds(targets: Sequence[float], runs: pd.DataFrame) -> Table:
+    """Return the table of seconds of training to PSNRs, and how many times fewer than the baseline's they are."""
+    first, counts, elapsed = runs["iteration"].min(), reached(targets, runs), _means(runs, "seconds")
+    times_reached = pd.DataFrame(
+        [np.interp(row, elapsed.columns, elapsed.loc[sampler]) for sampler, row in counts.iterrows()],
+        counts.index,
+        counts.columns,
+    ).where(counts.notna())
+    baseline = _baseline(counts)
+
+    def cell(count: float, value: float, reference: float) -> str:
+        if np.isnan(value):
+            return NOT_REACHED
+        prefix = "at most " if count == first else ""
+        return f"{prefix}{value:,.0f}" + ("" if np.isnan(reference) else f" ({reference / value:.2f}x)")
+
+    rows = [
+        map(cell, counts.loc[sampler], row, _row(times_reached, baseline)) for sampler, row in times_reached.iterrows()
+    ]
+    cells = pd.DataFrame(rows, counts.index, [f"{target:.2f} dB" for target in counts])
+    return make_table(f"Seconds of training to a PSNR of the mean over the seeds, and {baseline}'s over these", cells)
 
 
 def equal_seconds(runs: pd.DataFrame) -> Table:
-    """Return the table of PSNR after as many seconds of training as uniform takes to each evaluation."""
-    seconds, psnr = _means(runs, "seconds"), _means(runs, "psnr")
-    marks = _row(seconds, BASELINE).dropna()
+    """Return the table of PSNR after as many seconds of training as the baseline takes to each evaluation."""
+    elapsed, psnr = _means(runs, "seconds"), _means(runs, "psnr")
+    marks = _row(elapsed, _baseline(elapsed)).dropna()
     values = [
-        np.interp(marks, seconds.loc[sampler].dropna(), psnr.loc[sampler].dropna(), left=np.nan, right=np.nan)
+        np.interp(marks, elapsed.loc[sampler].dropna(), psnr.loc[sampler].dropna(), left=np.nan, right=np.nan)
         for sampler in psnr.index
     ]
     rows = [["-" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values]
@@ -188,10 +219,11 @@ def times(runs: pd.DataFrame) -> Table:
     """Return the table of time and memory of training, without evaluation."""
     groups = runs[runs["iteration"] == runs["iteration"].max()].groupby("sampler", observed=True)
     step = 1000 * groups["seconds_per_step"].agg(["mean", "min", "max"])
-    over = 100 * (step["mean"] / step["mean"].get(BASELINE, np.nan) - 1)
+    baseline = _baseline(step)
+    over = 100 * (step["mean"] / step["mean"].get(baseline, np.nan) - 1)
     cells = {
         "median step, ms": step.apply(lambda row: "{mean:.1f} ({min:.1f} - {max:.1f})".format(**row), axis=1),
-        "over uniform": over.map(lambda value: "" if np.isnan(value) else f"{value:+.0f} %"),
+        f"over {baseline}": over.map(lambda value: "" if np.isnan(value) else f"{value:+.0f} %"),
         "rays per second": groups["rays_per_second"].mean().map("{:,.0f}".format),
         "peak memory, GB": (groups["peak_memory"].max() / 1e9).map("{:.2f}".format),
         "seconds": groups["seconds"].mean().map("{:.0f}".format),
@@ -241,13 +273,14 @@ def plot_convergence(runs: pd.DataFrame, subject: str = "held-out views") -> Fig
 
 
 def plot_speed_up(targets: Sequence[float], runs: pd.DataFrame) -> Figure:
-    """Plot how many times fewer iterations than uniform each sampler needs to reach PSNRs."""
+    """Plot how many times fewer iterations than the baseline each sampler needs to reach PSNRs."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     counts = reached(targets, runs)
     # what the first evaluation has passed may have been reached at any time before
-    speed_ups = (_row(counts, BASELINE) / counts).mask(counts == runs["iteration"].min())
-    speed_ups = speed_ups.drop(index=BASELINE, errors="ignore")
+    baseline = _baseline(counts)
+    speed_ups = (_row(counts, baseline) / counts).mask(counts == runs["iteration"].min())
+    speed_ups = speed_ups.drop(index=baseline, errors="ignore")
     width, places = 0.8 / max(1, len(speed_ups)), np.arange(len(counts.columns))
     for number, (sampler, row) in enumerate(speed_ups.iterrows()):
         x, known = places + (number - (len(speed_ups) - 1) / 2) * width, row.notna()
@@ -255,7 +288,7 @@ def plot_speed_up(targets: Sequence[float], runs: pd.DataFrame) -> Figure:
             axes.bar(x[known], row[known], width, color=f"C{number + 1}", label=sampler)
     axes.axhline(1, color="black", lw=0.8)
     axes.set_xticks(places, [f"{target:.2f} dB" for target in counts])
-    axes.set(ylabel="uniform's iterations over the sampler's", xlabel="PSNR")
+    axes.set(ylabel=f"{baseline}'s iterations over the sampler's", xlabel="PSNR")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import signal
 import sys
 import time
 import warnings
@@ -167,6 +168,7 @@ def _work(
 ) -> None:
     """Set up a training, then answer questions about it through a connection. Runs in a process of its own."""
     warnings.simplefilter("ignore")  # nerfstudio's own, which each process would repeat
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, which ends this one
     try:
         if not torch.cuda.is_available():
             compat.prepare_cpu()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler
 from nerfstudio.models.base_model import Model
@@ -18,6 +19,7 @@ from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.plugin import compat, viewer
 from nerfstudio_softmining.plugin.contraction import quicken_contractions
 from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
+from nerfstudio_softmining.plugin.error_grid import ErrorGrid
 from nerfstudio_softmining.plugin.hash_encoding import quicken
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss, WeightBy
 from nerfstudio_softmining.plugin.metrics import MetricsLog
@@ -26,6 +28,8 @@ from nerfstudio_softmining.plugin.rays import RAY_OFFSETS
 from nerfstudio_softmining.samplers.base import MiningBatch
 from nerfstudio_softmining.settings import Fraction, check
 
+STEPS_PER_GRID = 8
+"""Steps from which the rays of one are added to the grid of errors in space."""
 FIX_OF_IMPLEMENTATION = {
     "tcnn": "Install tiny-cuda-nn (`softmining doctor` says how), or use the checkpoint on a machine that has it.",
     "torch": "Set implementation to torch, on the command line or in the run's config.yml.",
@@ -68,6 +72,8 @@ class SoftMiningMixin(Model):
         self._encodings = quicken(self)
         quicken_contractions(self)
         self._outer_sampler().register_forward_hook(self._attach_pixel_gradient)
+        self._error_grid = ErrorGrid()
+        self._rays: RayBundle | None = None
 
     def _outer_sampler(self) -> Sampler:
         """Return the module that draws the samples of the field."""
@@ -84,9 +90,38 @@ class SoftMiningMixin(Model):
         mining = batch[BATCH_KEY] if self.training else None
         self.rgb_loss.batch = mining
         try:
-            return super().get_loss_dict(outputs, batch, metrics_dict)
+            losses = super().get_loss_dict(outputs, batch, metrics_dict)
         finally:
             self.rgb_loss.batch = None
+        rays, self._rays = self._rays, None
+        if (
+            rays is not None
+            and mining is not None
+            and mining.importance is not None
+            and mining.step % STEPS_PER_GRID == 0
+        ):
+            self._error_grid.add(self._ends(rays, outputs["depth"]), mining.importance.detach())
+        return losses
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] # as in nerfstudio
+        """Render rays. Outside of training `importance` and `sample_density` say how training saw these places."""
+        outputs: dict[str, Any] = super().get_outputs(ray_bundle)
+        if "depth" not in outputs:
+            return outputs
+        if self.training:
+            self._rays = ray_bundle
+            return outputs
+        importance, density = self._error_grid.look_up(self._ends(ray_bundle, outputs["depth"]))
+        return outputs | {"importance": importance[:, None], "sample_density": density[:, None]}
+
+    @torch.no_grad()
+    def _ends(self, rays: RayBundle, depth: Tensor) -> Tensor:
+        """Return where rays end [rays, 3], in [0, 1]^3 as the field sees space."""
+        positions = rays.origins + rays.directions * depth
+        contraction = getattr(getattr(self, "field", None), "spatial_distortion", None)
+        if contraction is not None:
+            return (contraction(positions) + 2) / 4
+        return SceneBox.get_normalized_positions(positions, self.scene_box.aabb.to(positions.device))
 
     @torch.no_grad()
     def importance(self, ray_bundle: RayBundle, batch: dict) -> Tensor:
@@ -146,7 +181,8 @@ class SoftMiningMixin(Model):
 
     def get_extra_state(self) -> dict:
         """Return what nerfstudio's checkpoints lack: the implementation, and the schedule of the proposal networks."""
-        sampler, state = self._outer_sampler(), {"implementation": self._implementation}
+        sampler = self._outer_sampler()
+        state: dict[str, Any] = {"implementation": self._implementation, "error_grid": self._error_grid.sums.clone()}
         if isinstance(sampler, ProposalNetworkSampler):
             state |= {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
         return state
@@ -164,6 +200,7 @@ class SoftMiningMixin(Model):
                 f"the checkpoint was trained with --pipeline.model.implementation {saved}, but {self._implementation} "
                 f"runs here. {FIX_OF_IMPLEMENTATION[saved]}"
             )
+        self._error_grid = ErrorGrid(state.get("error_grid"))
         sampler = self._outer_sampler()
         if isinstance(sampler, ProposalNetworkSampler) and "step" in state:
             sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]

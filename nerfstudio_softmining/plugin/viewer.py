@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ class MiningPanel:
         gui = viewer.viser_server.gui
         with gui.add_folder("Soft mining"):
             self._add_settings(gui)
-            self.readings = gui.add_markdown("Reads the next batch...")
+            self.readings = gui.add_markdown("Waiting for the next batch.")
             with gui.add_folder("Where rays go"):
                 last = len(manager.train_dataset) - 1
                 self.view = gui.add_slider("Training view", 0, max(last, 1), 1, 0, disabled=last == 0)
@@ -133,7 +134,11 @@ class MiningPanel:
         self._collect(step, batch)
         if time.monotonic() - self._shown_at >= REFRESH_SECONDS:
             self._shown_at = time.monotonic()
-            self._show(step, batch)
+            try:
+                self._show(step, batch)
+            except Exception as error:  # a picture is not worth a training
+                self._shown_at = math.inf
+                CONSOLE.print(f"Soft mining: the viewer's panel stops ({error!r}). Training goes on.", style="yellow")
 
     def _apply(self, name: str, value: Any, step: int) -> None:
         """Change a setting, or put its handle back where the value cannot be used."""
