@@ -123,6 +123,24 @@ def render(
     return 0
 
 
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    output: Path = Path("outputs/report.html"),
+    views: int = 8,
+) -> int:
+    """Show finished trainings on one web page: settings, curves, and held-out views beside the truth.
+
+    Args:
+        runs: Folders of runs, which ns-train has left: outputs/SCENE/METHOD/TIME.
+        output: The page, which opens in any browser and needs no network.
+        views: Held-out views to render, evenly spaced.
+    """
+    from nerfstudio_softmining.bench.run_page import run_report
+
+    run_report(runs, output, views)
+    return 0
+
+
 def doctor() -> int:
     """Say what is installed, what works with it and how to get what is missing."""
     from nerfstudio_softmining.doctor import run_doctor
@@ -134,7 +152,7 @@ def main() -> int:
     """Run the command line; the result is the exit code."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "bench": bench, "image": image, "render": render, "doctor": doctor},
+            {"demo": demo, "bench": bench, "image": image, "render": render, "report": report, "doctor": doctor},
             prog="softmining",
             description="Soft mining for nerfstudio.",
         )

@@ -1,5 +1,6 @@
 """Lets test files share helpers, tests the studies in research/, and keeps what one test sets from the others."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "research")]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +17,17 @@ def _arithmetic_as_it_was():
     yield
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def browser():
+    """The system's Chromium, driven by Playwright."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is not installed (pip install playwright)"
+    )
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (apt install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"])
+        yield browser
+        browser.close()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -105,6 +108,27 @@ def test_metrics_of_soft_mining_are_in_tensorboard(config):
     assert scalars["Soft Mining/chains"] == pytest.approx(0.4, abs=0.01)
     assert 0.2 < scalars["Soft Mining/effective sample size"] <= 1
     assert len(log.Images("Soft Mining/density")) > 1 and log.Histograms("Soft Mining/image of rays")
+
+
+def test_the_report_of_a_run_is_one_page_that_needs_no_network(config, runs):
+    output = runs / "pages" / "report.html"
+    printed = command("softmining", "report", config.parent, "--output", output, "--views", 2, folder=runs)
+    assert "report.html" in printed
+    content = output.read_text()
+    assert content.count("class='pair'") == 2 and "PSNR of training rays" in content and "Where rays went" in content
+    assert METHOD in content and "mixture" in content
+    # the script of the plots holds addresses, but nothing is loaded from any
+    assert not re.search(r"<(?:script|img|link|iframe)[^>]*(?:src|href)=[\"']?http", content)
+    body = re.sub(r"<script.*?</script>", "", content, flags=re.DOTALL)
+    pictures = re.findall(r"data:image/(?:jpeg|png);base64,([^']+)", body)
+    assert len(pictures) == 7
+    for picture in pictures:
+        assert cv2.imdecode(np.frombuffer(base64.b64decode(picture), np.uint8), cv2.IMREAD_COLOR) is not None
+
+
+def test_what_is_no_run_is_named(runs):
+    printed = command("softmining", "report", runs / "nothing", folder=runs, fails=True)
+    assert "nothing/config.yml does not exist" in printed and "Traceback" not in printed
 
 
 def test_resuming_goes_on_bit_for_bit(config, runs, scene):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sampler_cases import Case, make_sampler, train
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss
@@ -12,7 +13,6 @@ from nerfstudio_softmining.plugin.metrics import batch_metrics, density_picture
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.samplers.base import MiningBatch
 from nerfstudio_softmining.samplers.images import PixelSamples
-from tests.sampler_cases import Case, make_sampler, train
 
 RAYS = 100
 KINDS = {"detail": {}, "edge": {}, "error-map": {"interval": 10}, "mixture": {}, "quadtree": {}}
