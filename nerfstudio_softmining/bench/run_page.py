@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import plotly.graph_objects as go
 import torch
 from matplotlib import colormaps
 from nerfstudio.utils.eval_utils import eval_setup
@@ -201,6 +200,8 @@ def _settings(run: Run) -> str:
 
 def _curves(runs: Sequence[Run]) -> str:
     """Plot the curves of all runs, one plot for each scalar."""
+    import plotly.graph_objects as go  # slow to import
+
     parts: list[str] = []
     for name, title in CURVES.items():
         figure = go.Figure(

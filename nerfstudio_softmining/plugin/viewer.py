@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import plotly.graph_objects as go
 import torch
 import viser
 from matplotlib import colormaps
@@ -24,6 +23,8 @@ from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSampler
 from nerfstudio_softmining.samplers.base import MiningBatch
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
     from nerfstudio_softmining.plugin.model import SoftMiningMixin
 
@@ -88,10 +89,10 @@ class MiningPanel:
                 last = len(manager.train_dataset) - 1
                 self.view = gui.add_slider("Training view", 0, max(last, 1), 1, 0, disabled=last == 0)
                 self.view.on_update(lambda _: self._show_soon())
-                self.picture = gui.add_plotly(go.Figure(layout=PLOT))
+                self.picture = gui.add_plotly(_figure())
                 self.caption = gui.add_markdown("")
             with gui.add_folder("Quality"):
-                self.curve = gui.add_plotly(go.Figure(layout=PLOT), aspect=0.6)  # height / width, whatever viser says
+                self.curve = gui.add_plotly(_figure(), aspect=0.6)  # height / width, whatever viser says
                 self.worst = gui.add_markdown("")
                 self.coloured = gui.add_checkbox(
                     "Errors at cameras", False, hint="Colour training cameras by the error of their rays."
@@ -183,7 +184,7 @@ class MiningPanel:
         run, index = self.sampler.run, int(self.view.value)
         photo, scale = self._photo(index)
         size = photo.shape[1], photo.shape[0]
-        figure = go.Figure(layout=PLOT | {"margin": {"l": 0, "r": 0, "t": 0, "b": 0}})
+        figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0})
         figure.add_image(source=_data_url(photo))
         density = None if run is None else density_picture(run, index)
         if density is not None:
@@ -225,7 +226,7 @@ class MiningPanel:
         steps, errors = zip(*self._history, strict=True)
         psnr = -10 * torch.stack(errors).clamp_min(1e-10).log10().cpu().numpy()
         smooth = np.convolve(psnr, np.ones(min(25, len(psnr))) / min(25, len(psnr)), "valid")
-        figure = go.Figure(layout={**PLOT, "title": "PSNR of training rays, dB"})
+        figure = _figure(title="PSNR of training rays, dB")
         figure.add_scatter(x=steps[-len(smooth) :], y=smooth, mode="lines", line={"color": "#ffd369"})
         self.curve.figure = figure
         total, rays = self._errors.cpu().numpy()
@@ -253,6 +254,13 @@ class MiningPanel:
             point_size=0.3 * self.viewer.config.camera_frustum_scale,
             point_shape="circle",
         )
+
+
+def _figure(**layout: Any) -> go.Figure:
+    """Make an empty plot in the viewer's colours."""
+    import plotly.graph_objects as go  # slow to import, and only viewers need it
+
+    return go.Figure(layout=PLOT | layout)
 
 
 def _data_url(colours: np.ndarray) -> str:
