@@ -127,8 +127,9 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
             return True
         CONSOLE.print(
             f"[yellow]The training images take {needed / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free. They "
-            "stay on the host, and each step waits for its pixels. To avoid that, train on some images at a time "
-            "(--pipeline.datamanager.train-num-images-to-sample-from and -times-to-repeat-images).[/yellow]"
+            "stay on the host, and each step waits for its pixels. To avoid that, train on some images at a time: set "
+            "--pipeline.datamanager.train-num-images-to-sample-from and "
+            "--pipeline.datamanager.train-num-times-to-repeat-images.[/yellow]"
         )
         return False
 

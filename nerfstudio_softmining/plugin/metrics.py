@@ -75,13 +75,20 @@ class MetricsLog:
         assert run is not None
         cached = run.sampler.images.image_index
         view = int(cached[step // self.steps_per_picture % len(cached)])
-        density = density_picture(run, view)
-        if density is not None:
-            colours = colormaps["inferno"](density / density.max())[..., :3]
-            writer.put_image(f"{GROUP}/density", torch.from_numpy(colours).float(), step)
+        colours = density_colours(run, view)
+        if colours is not None:
+            writer.put_image(f"{GROUP}/density", torch.from_numpy(colours), step)
         for event_writer in writer.EVENT_WRITERS:
             if isinstance(event_writer, writer.TensorboardWriter):
                 event_writer.tb_writer.add_histogram(f"{GROUP}/image of rays", batch.indices[:, 0], step)
+
+
+def density_colours(run: Any, image_index: int) -> np.ndarray | None:
+    """Return the [density_picture][] of a view as colours [rows, columns, 3] in [0, 1], brighter where it is higher."""
+    density = density_picture(run, image_index)
+    if density is None:
+        return None
+    return colormaps["inferno"](density / density.max())[..., :3].astype(np.float32)
 
 
 def density_picture(run: Any, image_index: int) -> np.ndarray | None:

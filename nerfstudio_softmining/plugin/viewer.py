@@ -18,7 +18,7 @@ from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.plugin.metrics import batch_metrics, density_picture
+from nerfstudio_softmining.plugin.metrics import batch_metrics, density_colours
 from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSampler
 from nerfstudio_softmining.samplers.base import MiningBatch
 
@@ -186,9 +186,8 @@ class MiningPanel:
         size = photo.shape[1], photo.shape[0]
         figure = _figure(margin={"l": 0, "r": 0, "t": 0, "b": 0})
         figure.add_image(source=_data_url(photo))
-        density = None if run is None else density_picture(run, index)
-        if density is not None:
-            colours = colormaps["inferno"](density / density.max())[..., :3].astype(np.float32)
+        colours = None if run is None else density_colours(run, index)
+        if colours is not None:
             figure.add_layout_image(
                 source=_data_url(cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)),
                 xref="x",
@@ -209,8 +208,8 @@ class MiningPanel:
         figure.update_yaxes(visible=False, range=(size[1] - 0.5, -0.5))
         self.picture.aspect = size[1] / size[0]
         self.picture.figure = figure
-        colour = "" if density is None else " Brighter: more rays are expected there."
-        self.caption.content = f"Points are the last {len(pixels):,} rays on this view.{colour}"
+        legend = "" if colours is None else " Brighter: more rays are expected there."
+        self.caption.content = f"Points are the last {len(pixels):,} rays on this view.{legend}"
 
     def _photo(self, index: int) -> tuple[np.ndarray, float]:
         """Return a training photograph for the panel, and its scale. The last one is kept."""
