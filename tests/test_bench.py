@@ -317,7 +317,7 @@ def test_evaluation_is_not_counted_as_training(monkeypatch):
 
 def test_steps_are_timed_beside_stock_nerfacto_with_the_same_model(data, tmp_path):
     scene = SMALL["scenes"][0] | {"same_settings": True}
-    names = ["nerfacto,datamanager=vanilla", "uniform", "mixture"]
+    names = ["nerfacto,datamanager=vanilla", "uniform", "mixture", "mixture,vis=viewer"]
     path = write_preset(tmp_path, scenes=[scene], samplers=names, seeds=[0], rounds=3, steps=4)
     output = tmp_path / "out"
     run = subprocess.run(command(path, data, output), capture_output=True, text=True, timeout=600)
@@ -369,6 +369,13 @@ def test_another_method_gets_the_settings_of_the_scenes_method(data):
         assert type(theirs.optimizers[group]["optimizer"]) is AdamOptimizerConfig
     alone = preset.trainer_config(replace(scene, same_settings=False), "nerfacto", 0, data, data)
     assert alone.pipeline.model.max_res != ours.pipeline.model.max_res
+
+
+def test_a_run_has_a_viewer_where_it_is_asked_for(data):
+    scene = preset.Scene("scene", SMALL["scenes"][0]["method"])
+    for name in ("uniform", "nerfacto"):
+        assert not preset.trainer_config(scene, name, 0, data, data).is_viewer_enabled()
+        assert preset.trainer_config(scene, f"{name},vis=viewer", 0, data, data).is_viewer_enabled()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX can send Ctrl-C to one other process")

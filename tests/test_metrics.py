@@ -32,6 +32,19 @@ def test_metrics_of_a_batch_are_those_of_its_weights():
     )
 
 
+@pytest.mark.parametrize("kind, settings", [("langevin", {"drift": 0.0, "noise": 0.0}), ("mixture", {"noise": 0.0})])
+def test_restarted_chains_are_those_that_are_elsewhere(kind, settings):
+    sampler, batch = make_sampler(RAYS, kind=kind, **settings), Case().batch()
+    train(sampler, batch, 40)
+    before = set(map(tuple, sampler.run.state.chains.position.tolist()))
+    train(sampler, batch, 1)
+    after = sampler.run.state.chains.position.tolist()
+    elsewhere = np.mean([tuple(place) not in before for place in after])  # without steps, by restarts alone
+    metrics = batch_metrics(sampler.sample(batch)[BATCH_KEY], SoftMinedLoss(0.6, "density"))
+    assert 0 < elsewhere < 1
+    assert float(metrics["restarted chains"]) == pytest.approx(elsewhere, abs=0.02)
+
+
 def test_a_batch_without_weights_counts_in_full():
     batch = MiningBatch(torch.zeros(RAYS, 3).long(), torch.ones(RAYS), RAYS, importance_weighted=False)
     metrics = batch_metrics(batch, SoftMinedLoss(0.6, "density"))

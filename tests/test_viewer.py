@@ -50,6 +50,8 @@ def test_what_a_browser_changes_reaches_the_training(browser, tmp_path):
         page.goto(f"http://localhost:{port}", timeout=TIMEOUT)
         page.get_by_text("Where rays go", exact=True).wait_for(timeout=TIMEOUT)
         page.get_by_text(re.compile(r"rays follow chains")).wait_for(timeout=TIMEOUT)
+        page.get_by_text(re.compile(r"of the chains started anew")).wait_for(timeout=TIMEOUT)
+        page.get_by_text("Weighted loss").first.wait_for(timeout=TIMEOUT)
 
         page.get_by_text("Alpha", exact=True).locator("xpath=ancestor::*[.//input][1]//input").last.fill("0.25")
         wait_for(lambda: lines_with(log, "Soft mining: alpha is 0.25 from step"))

@@ -22,6 +22,8 @@ from nerfstudio_softmining.settings import apply
 
 VANILLA = "datamanager=vanilla"
 """Setting of another method: nerfstudio's datamanager that draws rays in the process that trains."""
+VIEWER = "vis=viewer"
+"""Setting of any run: train with the live viewer, to which no browser is connected."""
 BATCH_SIZES = {"train_num_rays_per_batch", "eval_num_rays_per_batch"}
 
 
@@ -109,6 +111,8 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     specs = registry.samplers(scenes=True)
     name, sampler_settings = registry.parse(sampler)
     is_sampler = name in specs
+    has_viewer = VIEWER in sampler_settings
+    sampler_settings = [setting for setting in sampler_settings if setting != VIEWER]
     method = scene.method if is_sampler else name
     if method not in all_methods:
         names = ", ".join((*specs, *registry.ALIASES))
@@ -135,7 +139,7 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     config.output_dir = output / scene.path.replace("/", "_")
     config.experiment_name, config.timestamp = sampler, str(seed)
     config.machine.seed, config.machine.device_type = seed, compat.device_type()
-    config.vis = "tensorboard"
+    config.vis = "viewer+tensorboard" if has_viewer else "tensorboard"
     for setting in (*scene.set, *sampler_settings):
         apply(setting, configs, required=setting in sampler_settings, sampler=sampler)
     for part in configs:

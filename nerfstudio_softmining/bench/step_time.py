@@ -199,6 +199,7 @@ class _Stepper:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.step = trainer, 0
+        trainer._init_viewer_state()  # does nothing without a viewer, nor does its update
 
     def train(self, steps: int) -> list[float]:
         """Train for some steps; return the seconds that each took."""
@@ -208,6 +209,7 @@ class _Stepper:
             self._run_callbacks(TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
             self.trainer.train_iteration(self.step)
             self._run_callbacks(TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+            self.trainer._update_viewer_state(self.step)
             seconds.append(_now() - start)
             self.step += 1
         return seconds

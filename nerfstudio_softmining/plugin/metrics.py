@@ -37,6 +37,8 @@ def batch_metrics(batch: MiningBatch, loss: SoftMinedLoss) -> dict[str, Tensor |
         "uniform": batch.num_uniform / count,
         "alpha": loss.alpha_at(batch) if batch.importance_weighted else 0.0,
     }
+    if batch.restarted is not None:
+        metrics["restarted chains"] = batch.restarted
     weights = torch.ones(count) if batch.weights is None else batch.weights
     low, high = weights.quantile(weights.new_tensor([0.05, 0.95]))
     metrics["effective sample size"] = effective_sample_size(weights) / count

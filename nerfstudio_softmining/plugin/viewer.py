@@ -33,7 +33,11 @@ REFRESH_SECONDS = 2.0
 MAX_POINTS = 500
 """Drawn pixels that the picture of a view shows."""
 MAX_HISTORY = 2000
-"""Steps that the plot of PSNR keeps."""
+"""Steps that the plots keep."""
+SMOOTHED_STEPS = 25
+"""Steps that a point of a plot is the mean of."""
+CURVES = {"PSNR of training rays, dB": "linear", "Weighted loss": "log"}
+"""Plots over the steps, and how their values are scaled."""
 PICTURE_SIDE = 480
 """Pixels of the longer side of a photograph in the panel."""
 NUM_WORST = 5
@@ -78,6 +82,7 @@ class MiningPanel:
         self._changes: dict[str, Any] = {}
         self._shown_at = -REFRESH_SECONDS
         self._history: deque[tuple[int, Tensor]] = deque(maxlen=MAX_HISTORY)
+        """Step, and mean squared error of its rays without and with weights."""
         self._drawn: deque[Tensor] = deque(maxlen=64)
         self._shown_photo: tuple[int, np.ndarray, float] | None = None
         self._errors = torch.zeros(2, len(manager.train_dataset), device=manager.device)
@@ -92,7 +97,9 @@ class MiningPanel:
                 self.picture = gui.add_plotly(_figure())
                 self.caption = gui.add_markdown("")
             with gui.add_folder("Quality"):
-                self.curve = gui.add_plotly(_figure(), aspect=0.6)  # height / width, whatever viser says
+                self.curves = [
+                    gui.add_plotly(_figure(), aspect=0.5) for _ in CURVES
+                ]  # height / width, whatever viser says
                 self.worst = gui.add_markdown("")
                 self.coloured = gui.add_checkbox(
                     "Errors at cameras", False, hint="Colour training cameras by the error of their rays."
@@ -159,7 +166,8 @@ class MiningPanel:
     def _collect(self, step: int, batch: MiningBatch) -> None:
         assert batch.error is not None
         error, image = batch.error.detach(), batch.indices[:, 0].to(self._errors.device)
-        self._history.append((step, error.mean()))
+        assert batch.weighted_error is not None
+        self._history.append((step, torch.stack((error.mean(), batch.weighted_error.detach().mean()))))
         self._errors *= 0.999
         self._errors.index_add_(1, image, torch.stack((error.to(image.device), torch.ones_like(error))))
         self._drawn.append(batch.indices)
@@ -178,6 +186,7 @@ class MiningPanel:
             f"{values['map']:.0%} a map, {values['uniform']:.0%} are uniform.  \n"
             f"Effective sample size {values['effective sample size']:.0%}, "
             f"mean weight {values['mean weight']:.2f}, alpha now {values['alpha']:.2f}."
+            + (f" {values['restarted chains']:.0%} of the chains started anew." if "restarted chains" in values else "")
         )
 
     def _show_view(self) -> None:
@@ -223,11 +232,15 @@ class MiningPanel:
 
     def _show_quality(self) -> None:
         steps, errors = zip(*self._history, strict=True)
-        psnr = -10 * torch.stack(errors).clamp_min(1e-10).log10().cpu().numpy()
-        smooth = np.convolve(psnr, np.ones(min(25, len(psnr))) / min(25, len(psnr)), "valid")
-        figure = _figure(title="PSNR of training rays, dB")
-        figure.add_scatter(x=steps[-len(smooth) :], y=smooth, mode="lines", line={"color": "#ffd369"})
-        self.curve.figure = figure
+        error, loss = torch.stack(errors, dim=1).clamp_min(1e-10).cpu().numpy()
+        width = min(SMOOTHED_STEPS, len(steps))
+        for plot, (title, scale), values in zip(
+            self.curves, CURVES.items(), (-10 * np.log10(error), loss), strict=True
+        ):
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            figure = _figure(title=title, yaxis={"type": scale})
+            figure.add_scatter(x=steps[width - 1 :], y=smooth, mode="lines", line={"color": "#ffd369"})
+            plot.figure = figure
         total, rays = self._errors.cpu().numpy()
         seen = np.flatnonzero(rays > 0)
         mean = total[seen] / rays[seen]
@@ -250,7 +263,7 @@ class MiningPanel:
             "/soft_mining/camera_errors",
             centres * VISER_NERFSTUDIO_SCALE_RATIO,
             colours,
-            point_size=0.3 * self.viewer.config.camera_frustum_scale,
+            point_size=0.6 * self.viewer.config.camera_frustum_scale,
             point_shape="circle",
         )
 

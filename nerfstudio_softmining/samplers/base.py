@@ -74,6 +74,8 @@ class MiningBatch:
     """Training steps over which alpha rises from 0."""
     num_chains: int = 0
     """Number of rays that follow chains, which are the first of the batch."""
+    restarted: Float[Tensor, ""] | None = None
+    """Fraction of the chains that started anew when they last moved; None without chains."""
     drawn_by_sampler: bool = True
     """Whether the sampler drew this batch, and is to be updated from it."""
     image_gradient: Float[Tensor, "rays channels 2"] | None = None
@@ -102,6 +104,8 @@ class Samples(NamedTuple):
     """Number of uniform ones, which are the last."""
     num_chains: int = 0
     """Number of those that follow chains, which are the first."""
+    restarted: Float[Tensor, ""] | None = None
+    """Fraction of the chains that started anew when they last moved; None without chains."""
 
 
 class Stateless(NamedTuple):

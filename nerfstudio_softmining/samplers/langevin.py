@@ -57,6 +57,8 @@ class LangevinState(NamedTuple):
     """One chain for each ray that is not uniform; more, after the batch has shrunk."""
     reserve: ChainState
     """Starts that are drawn and not used yet."""
+    restarted: Float[Tensor, ""]
+    """Fraction of the chains that started anew when they last moved."""
 
 
 @register
@@ -93,10 +95,10 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
     def init(self, previous: LangevinState | None = None) -> LangevinState:
         nobody = _chains(self.images.uniform(0))
         if previous is None:
-            return LangevinState(nobody, nobody)
+            return LangevinState(nobody, nobody, torch.zeros((), device=self.images.device))
         domain, chains = _Images(self, nobody), previous.chains
         chains = where(domain.contains(chains), chains, domain.propose(len(chains.image_index)))
-        return LangevinState(chains, domain.reserve)
+        return LangevinState(chains, domain.reserve, previous.restarted)
 
     def draw(self, state: LangevinState, count: int) -> tuple[Samples, LangevinState]:
         num_uniform = self.num_of_fraction("uniform_fraction", count)
@@ -105,7 +107,8 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
         if missing > 0:
             state = state._replace(chains=concatenate(state.chains, _chains(self.images.uniform(missing))))
         chains = PixelSamples(*take(state.chains, slice(num_chains)))
-        return Samples(concatenate(chains, self.images.uniform(num_uniform)), num_uniform, num_chains), state
+        samples = concatenate(chains, self.images.uniform(num_uniform))
+        return Samples(samples, num_uniform, num_chains, state.restarted), state
 
     def step_scale(self, samples: PixelSamples) -> Float[Tensor, "n k"]:
         """Return the unit of drift and noise in pixels: the side of each chain's image, so that steps are isotropic."""
@@ -132,7 +135,7 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
                 batch.weighted_error.detach()[:count],
             ).to(device)
         scale, domain = self.step_scale(samples), _Images(self, state.reserve)
-        moved, _ = langevin.step(
+        moved, info = langevin.step(
             chains,
             gradient,
             batch.importance[:count].to(device) * solid_angle,
@@ -142,11 +145,13 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
             reinit_fraction=self.config.reinit_fraction,
             generator=self.context.generator,
         )
+        restarted = (info.is_outside | info.is_lowest).float().mean()
         if isinstance(applied, Tensor):
             moved = where(applied.to(device), moved, chains)
+            restarted = restarted * applied.to(device)
         elif not applied:
-            moved = chains
-        return LangevinState(concatenate(moved, others), domain.reserve)
+            moved, restarted = chains, torch.zeros_like(restarted)
+        return LangevinState(concatenate(moved, others), domain.reserve, restarted)
 
 
 class _Images:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nerfstudio_softmining.errors import SettingError
@@ -88,6 +88,8 @@ class MixtureState(NamedTuple):
     """Batches whose chains have not moved yet."""
     total_error: Float[Tensor, ""]
     """Sum of the predicted errors of all cells, times the ratio of observed to predicted error."""
+    restarted: Float[Tensor, ""]
+    """Fraction of the chains that started anew when they last moved."""
 
 
 class _Map(Detail):
@@ -159,7 +161,8 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         if previous is not None:
             restarted = self._start(density, len(chains.ratio))
             chains = where(self.images.contains(_samples(chains)), chains, restarted)
-        return MixtureState(state, chains, None, torch.zeros((), device=self.images.device))
+        zero = torch.zeros((), device=self.images.device)
+        return MixtureState(state, chains, None, zero, zero)
 
     def _start(self, density: PixelDensity | None, count: int) -> Chains:
         """Return chains at places that the map draws, which they leave for the first ones that they see."""
@@ -186,7 +189,8 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         if block is None or not is_same or block.error.shape[1] != count or block.used == len(block.error):
             state, block = self._draw_block(self._settle(state), density, num_chains, count, num_uniform)
         samples = take(block.samples, block.used)
-        return Samples(samples, num_uniform, num_chains), state._replace(block=block._replace(used=block.used + 1))
+        state = state._replace(block=block._replace(used=block.used + 1))
+        return Samples(samples, num_uniform, num_chains, state.restarted), state
 
     def _draw_block(
         self, state: MixtureState, density: PixelDensity, num_chains: int, count: int, num_uniform: int
@@ -256,17 +260,21 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         rays = Chains(places.image_index, places.position, places.position, error / predicted.view_as(error))
         seen = take(rays, (slice(None), slice(num_chains)))
         aged = chains._replace(ratio=torch.where(seen.ratio.isnan(), 1.0, self.config.memory) * chains.ratio)
-        chains = self._choose(aged, seen._replace(position=chains.proposed), density, is_step=True)
+        chains, _ = self._choose(aged, seen._replace(position=chains.proposed), density, is_step=True)
         drawn = take(rays, (slice(None), slice(num_chains, error.shape[1] - block.num_uniform)))
-        chains = self._propose_starts(chains, drawn, density)
-        return state._replace(chains=concatenate(others, flatten(chains)), block=None)
+        chains, restarted = self._propose_starts(chains, drawn, density)
+        return state._replace(chains=concatenate(others, flatten(chains)), block=None, restarted=restarted)
 
-    def _propose_starts(self, chains: Chains, drawn: Chains, density: PixelDensity) -> Chains:
-        """Propose rays [times, drawn] of the map to some of the chains [times, chains] of the same batch."""
+    def _propose_starts(self, chains: Chains, drawn: Chains, density: PixelDensity) -> tuple[Chains, Tensor]:
+        """Propose rays [times, drawn] of the map to some of the chains [times, chains] of the same batch.
+
+        Returns:
+            The chains, and the fraction of them that accepted.
+        """
         (times, num_chains), num_drawn = chains.ratio.shape, drawn.ratio.shape[1]
         num_asked = min(round(self.config.restart_fraction * num_chains), num_drawn)
         if num_asked == 0:
-            return chains
+            return chains, chains.ratio.new_zeros(())
         # rays of the map are in the order of its tiles: the same place in that order is the same part of the images
         device = drawn.ratio.device
         first = torch.randint(num_drawn, (times, 1), generator=self.context.generator, device=device)
@@ -274,10 +282,13 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         proposed = take(drawn, (torch.arange(times, device=device)[:, None], turn))
         asked, spared = (take(chains, (slice(None), part)) for part in (slice(num_asked), slice(num_asked, None)))
         # in turn: those to which a ray of the map was proposed are the last to be asked again
-        return concatenate(spared, self._choose(asked, proposed, density, is_step=False), dim=1)
+        asked, is_accepted = self._choose(asked, proposed, density, is_step=False)
+        return concatenate(spared, asked, dim=1), is_accepted.sum() / (times * num_chains)
 
-    def _choose(self, chains: Chains, proposed: Chains, density: PixelDensity, is_step: bool) -> Chains:
-        """Return the chains, moved to the places proposed to them where they accept these."""
+    def _choose(
+        self, chains: Chains, proposed: Chains, density: PixelDensity, is_step: bool
+    ) -> tuple[Chains, Bool[Tensor, "times n"]]:
+        """Return the chains, moved to the places proposed to them where they accept these; and where they do."""
 
         def weight(place: Chains) -> Tensor:
             tile, table = self.map.grid.tile(_samples(flatten(place))).view_as(place.ratio), density.table
@@ -286,7 +297,7 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
             return place.ratio * self.predicted[tile] / found
 
         is_accepted = metropolis.accepts(weight(chains), weight(proposed), self.context.generator)
-        return where(is_accepted, proposed, chains)
+        return where(is_accepted, proposed, chains), is_accepted
 
 
 def _split(chains: Chains, count: int) -> tuple[Chains, Chains]:

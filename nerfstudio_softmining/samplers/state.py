@@ -102,6 +102,7 @@ class SamplerRun:
             config.importance_weighted,
             config.alpha_warmup,
             samples.num_chains,
+            samples.restarted,
             **fields,
         )
 
