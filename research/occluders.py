@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nerfstudio_softmining.bench.bench import run_bench
 from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
-from nerfstudio_softmining.plugin.dataset import SoftMiningDataset
+from nerfstudio_softmining.plugin.dataset import NamesBrokenFiles
 
 EVERY = 10
 """One image in this many has an occluder."""
@@ -45,7 +45,7 @@ def occlude(image: Tensor, seed: int) -> Tensor:
     return image
 
 
-class OccludedDataset(SoftMiningDataset):
+class OccludedDataset(NamesBrokenFiles):
     """The images of a scene, some of them with an occluder."""
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:

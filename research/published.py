@@ -23,7 +23,7 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining.langevin import start
 from nerfstudio_softmining.mining.records import where
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss
-from nerfstudio_softmining.plugin.nerfacto import SoftMiningNerfactoModel
+from nerfstudio_softmining.plugin.models import SoftMiningNerfactoModel
 from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSampler
 from nerfstudio_softmining.samplers.base import MiningBatch, SamplerContext, Samples
 from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages

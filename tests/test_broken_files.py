@@ -19,7 +19,7 @@ from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import methods
-from nerfstudio_softmining.plugin.dataset import NamesBrokenFiles, SoftMiningDataset
+from nerfstudio_softmining.plugin.dataset import NamesBrokenFiles
 
 
 class DepthImages(NamesBrokenFiles, DepthDataset):
@@ -42,7 +42,7 @@ def turn_into_text(file: Path) -> None:
     file.write_text("not an image")
 
 
-def dataset(folder: Path, kind: type[NamesBrokenFiles] = SoftMiningDataset) -> NamesBrokenFiles:
+def dataset(folder: Path, kind: type[NamesBrokenFiles] = NamesBrokenFiles) -> NamesBrokenFiles:
     config = NerfstudioDataParserConfig(data=folder, eval_mode="all", downscale_factor=1)
     return kind(config.setup().get_dataparser_outputs("train"))
 
@@ -77,7 +77,7 @@ def test_of_several_lists_the_one_that_has_the_file_is_named(tmp_path):
     outputs = BlenderDataParserConfig(data=tmp_path).setup().get_dataparser_outputs("train")
     outputs.image_filenames[1].unlink()
     with pytest.raises(UserError, match=r"listed in .*transforms_train\.json"):
-        SoftMiningDataset(outputs).get_data(1)
+        NamesBrokenFiles(outputs).get_data(1)
 
 
 def test_a_list_of_colmap_is_found(tmp_path):
@@ -129,9 +129,9 @@ def test_a_split_without_images_is_named(tmp_path):
 
 def test_each_data_set_has_its_own_list_of_what_stays_on_the_host(tmp_path):
     """nerfstudio's datamanager removes entries from the list, which is an attribute of the class."""
-    before = list(SoftMiningDataset.exclude_batch_keys_from_device)
+    before = list(NamesBrokenFiles.exclude_batch_keys_from_device)
     dataset(write_capture(tmp_path)).exclude_batch_keys_from_device.remove("image")
-    assert SoftMiningDataset.exclude_batch_keys_from_device == before == ["image", "mask"]
+    assert NamesBrokenFiles.exclude_batch_keys_from_device == before == ["image", "mask"]
 
 
 def test_colours_of_bytes_are_those_of_floats(tmp_path):

@@ -10,7 +10,8 @@ from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.field_components.mlp import MLPWithHashEncoding
 from torch import Tensor
 
-from nerfstudio_softmining.plugin.hash_encoding import QuickHashEncoding, quicken
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin.hash_encoding import QuickHashEncoding, SDFGrid, quicken
 
 FEATURES = pytest.mark.parametrize("features", [1, 2, 3, 4])
 
@@ -44,6 +45,55 @@ def test_values_and_gradients_are_nerfstudios(features: int) -> None:
     for theirs, ours in zip(*results, strict=True):
         assert theirs.abs().max() > 1e-4
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6 * float(theirs.abs().max()))
+
+
+def test_gradients_of_gradients_are_nerfstudios() -> None:
+    """As an eikonal loss has them."""
+    results = []
+    for encoding in pair(2):
+        torch.manual_seed(1)
+        point = torch.rand(100, 3, requires_grad=True)
+        encoded = encoding(point)
+        (slope,) = torch.autograd.grad((encoded * torch.rand_like(encoded)).sum(), point, create_graph=True)
+        slope.square().sum().backward()
+        results.append((point.grad, encoding.hash_table.grad))
+    for theirs, ours in zip(*results, strict=True):
+        assert theirs.abs().max() > 1e-4
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def sdf_grid(**changes) -> SDFGrid:
+    torch.manual_seed(0)
+    settings = dict(n_levels=3, n_features_per_level=2, log2_hashmap_size=10, base_resolution=4, per_level_scale=2.0)
+    grid = SDFGrid(3, {"otype": "HashGrid", "interpolation": "Smoothstep", **settings, **changes})
+    quicken(grid)
+    return grid
+
+
+def test_the_grid_of_an_sdf_is_smooth_across_its_cells() -> None:
+    """Its gradient is continuous, which that of a linear grid is not."""
+    face = torch.tensor([[0.5, 0.31, 0.77]])  # of a cell of each level
+    jumps = {}
+    for interpolation in ("Smoothstep", "Linear"):
+        grid, slopes = sdf_grid(interpolation=interpolation), []
+        for offset in (-1e-5, 1e-5):
+            point = (face + torch.tensor([offset, 0, 0])).requires_grad_()
+            grid(point).sum().backward()
+            slopes.append(point.grad)
+        jumps[interpolation] = (slopes[1] - slopes[0]).abs().max()
+    assert jumps["Smoothstep"] < 1e-2 * jumps["Linear"]
+
+
+def test_gradients_of_the_grid_of_an_sdf_are_finite_differences_twice() -> None:
+    grid = sdf_grid().double()
+    point = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p, _: grid(p), (point, grid.hash_table))
+    assert torch.autograd.gradgradcheck(grid, point)
+
+
+def test_a_grid_without_hash_is_refused() -> None:
+    with pytest.raises(UserError, match="use-hash is False"):
+        sdf_grid(otype="DenseGrid")
 
 
 def test_gradients_are_finite_differences() -> None:

@@ -10,7 +10,7 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import SceneBox
 
 from nerfstudio_softmining.plugin.datamanager import _moving_with
-from nerfstudio_softmining.plugin.nerfacto import SoftMiningNerfactoModelConfig
+from nerfstudio_softmining.plugin.models import SoftMiningNerfactoModelConfig
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch

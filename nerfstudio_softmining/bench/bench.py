@@ -42,7 +42,7 @@ def run_bench(
     _check(preset, data, output)
     if preset.rounds:
         return run_step_time(preset, data, output)
-    results = Results(output, preset.at, {scene.path: dataclasses.asdict(scene) for scene in preset.scenes})
+    results = Results(output, preset.at, {scene.title: dataclasses.asdict(scene) for scene in preset.scenes})
     runs = list(product(preset.seeds, preset.scenes, preset.samplers))
     if not torch.cuda.is_available():
         compat.prepare_cpu()
@@ -51,7 +51,7 @@ def run_bench(
         total = progress.add_task("all runs", total=len(runs) * last)
 
         def run(number: int, seed: int, scene: Scene, sampler: str, name: str) -> None:
-            entries = results.entries(scene.path, sampler, seed)
+            entries = results.entries(scene.title, sampler, seed)
             if entries and entries[-1]["iteration"] == last:
                 return
             task = progress.add_task(name, total=last)
@@ -61,11 +61,11 @@ def run_bench(
                 progress.update(total, completed=number * last + iteration)
 
             def on_evaluation(entry: dict) -> None:
-                results.add(scene.path, sampler, seed, {"method": scene.method, **entry})
+                results.add(scene.title, sampler, seed, {"method": scene.method, **entry})
                 progress.update(task, description=f"{name}: {entry['psnr']:.2f} dB at {entry['iteration']}")
 
             is_pictured = seed == preset.seeds[0]
-            pictures = output / "pictures" / scene.path.replace("/", "_") / sampler if is_pictured else None
+            pictures = output / "pictures" / scene.title.replace("/", "_") / sampler if is_pictured else None
             config = trainer_config(scene, sampler, seed, data, output / "runs")
             config.max_num_iterations = last  # over which learning rates may fall
             prepare(config)
@@ -75,7 +75,7 @@ def run_bench(
                 progress.remove_task(task)
 
         for number, (seed, scene, sampler) in enumerate(runs):
-            name = f"{scene.path}, {sampler}, seed {seed}"
+            name = f"{scene.title}, {sampler}, seed {seed}"
             with results.recording_failure(name):
                 run(number, seed, scene, sampler, name)
             progress.update(total, completed=(number + 1) * last)
@@ -107,15 +107,15 @@ def override(preset: Preset, changes: dict) -> Preset:
         UserError: if the value of a flag cannot be used.
     """
     given = {key: value for key, value in changes.items() if value not in (None, ())}
-    known = {scene.path: scene for scene in preset.scenes}
-    paths = given.pop("scenes", [scene.path for scene in preset.scenes])
-    missing = [path for path in paths if path not in known]
+    known = {scene.title: scene for scene in preset.scenes}
+    titles = given.pop("scenes", [scene.title for scene in preset.scenes])
+    missing = [title for title in titles if title not in known]
     if missing and "method" not in given:
         raise UserError(
             f"--scenes has {missing[0]!r}, which is not in the preset ({', '.join(known)}). Name --method for it."
         )
     scene_changes = {field.name: given.pop(field.name) for field in dataclasses.fields(Scene) if field.name in given}
-    scenes = tuple(dataclasses.replace(known.get(path, Scene(path, method="")), **scene_changes) for path in paths)
+    scenes = tuple(dataclasses.replace(known.get(title, Scene(title, method="")), **scene_changes) for title in titles)
     preset = dataclasses.replace(preset, scenes=scenes, **given)
     check_flags(preset.at, scenes=preset.scenes, samplers=preset.samplers, seeds=preset.seeds)
     return preset

@@ -45,6 +45,13 @@ class Scene:
     """Settings of the model, the datamanager or the sampler, as name=value."""
     same_settings: bool = False
     """Give other nerfstudio methods the model settings, batch size and learning rates of `method`."""
+    name: str = ""
+    """Name in reports, where several scenes of a preset have the same folder; the folder if empty."""
+
+    @property
+    def title(self) -> str:
+        """What the scene is called in reports."""
+        return self.name or self.path
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
         manager.dataparser = deepcopy(cast(Any, all_methods[scene.method]).pipeline.datamanager.dataparser)
     config.data = manager.data = data / scene.path
     manager.camera_res_scale_factor = scene.image_scale
-    config.output_dir = output / scene.path.replace("/", "_")
+    config.output_dir = output / scene.title.replace("/", "_")
     config.experiment_name, config.timestamp = sampler, str(seed)
     config.machine.seed, config.machine.device_type = seed, compat.device_type()
     config.vis = "viewer+tensorboard" if has_viewer else "tensorboard"

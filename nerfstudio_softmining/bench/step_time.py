@@ -75,8 +75,10 @@ def run_step_time(preset: Preset, data: Path, output: Path) -> bool:
     with make_progress(transient=True) as progress:
         task = progress.add_task("rounds", total=preset.rounds * len(preset.samplers) * len(preset.scenes))
         for scene in preset.scenes:
-            progress.update(task, description=scene.path)
-            costs[scene.path] = _measure(preset, scene, data, output / "runs", failures, lambda: progress.advance(task))
+            progress.update(task, description=scene.title)
+            costs[scene.title] = _measure(
+                preset, scene, data, output / "runs", failures, lambda: progress.advance(task)
+            )
             content = {path: {name: asdict(cost) for name, cost in of.items()} for path, of in costs.items()}
             (output / "step_time.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     with (output / "report.md").open("w", encoding="utf-8") as file:
@@ -117,8 +119,8 @@ def _measure(
             answer = UserError("its process ended. Was it killed for its memory?")
         if not isinstance(answer, UserError):
             return answer
-        failures[f"{scene.path}, {name}"] = str(answer)
-        CONSOLE.print(f"{scene.path}, {name} failed: {answer}", style="red", markup=False)
+        failures[f"{scene.title}, {name}"] = str(answer)
+        CONSOLE.print(f"{scene.title}, {name} failed: {answer}", style="red", markup=False)
         _end(workers.pop(name)[0])
         return None
 
@@ -174,6 +176,7 @@ def _work(
             compat.prepare_cpu()
         config = trainer_config(scene, sampler, seed, data, runs)
         _set_random_seed(seed)
+        config.get_base_dir().mkdir(parents=True, exist_ok=True)  # a viewer logs there
         with compat.lazy_lpips():
             trainer: Trainer = config.setup(local_rank=0, world_size=1)
             trainer.setup(test_mode="test")

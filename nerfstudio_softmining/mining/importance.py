@@ -19,13 +19,22 @@ def squared_error(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"])
     return (prediction - truth).square().mean(dim=-1)
 
 
+def absolute_error(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
+    """Compute the error that models with an L1 loss minimise, as the mean over channels.
+
+    >>> absolute_error(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor([0.5000])
+    """
+    return (prediction - truth).abs().mean(dim=-1)
+
+
 def l1_importance(prediction: Float[Tensor, "n c"], truth: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
     """Compute the importance Q: the L1 error, as the mean over channels, detached (eq. 6 and 8).
 
     >>> l1_importance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
     tensor([0.5000])
     """
-    return (prediction - truth).detach().abs().mean(dim=-1)
+    return absolute_error(prediction, truth).detach()
 
 
 def warmed_up(alpha: float, step: int, warmup: int) -> float:

@@ -74,21 +74,25 @@ class Info(NamedTuple):
 
 
 def grad_log_importance(
-    gradient: Float[Tensor, "n d"], loss_gradient: Float[Tensor, " n"], weighted_error: Float[Tensor, " n"]
+    gradient: Float[Tensor, "n d"],
+    loss_gradient: Float[Tensor, " n"],
+    weighted_error: Float[Tensor, " n"],
+    error_power: int = 2,
 ) -> Float[Tensor, "n d"]:
     """Compute the drift direction of eq. 10 from the backward pass of the training loss.
 
-    The training loss holds a weighted squared error w e^2 for each sample. Its gradient with respect to a position is
-    that of e^2, times w and times whatever multiplies the loss: the mean over the batch, a loss scale. `loss_gradient`
-    measures the latter, so that neither counts here.
+    The training loss holds a weighted squared error w e^2 for each sample, or an absolute one. Its gradient with
+    respect to a position is that of e^2, times w and times whatever multiplies the loss: the mean over the batch, a
+    loss scale. `loss_gradient` measures the latter, so that neither counts here.
 
     Args:
         gradient: of the training loss with respect to the positions.
         loss_gradient: of the training loss with respect to each weighted error.
-        weighted_error: the squared error of each sample times its weight.
+        weighted_error: the error of each sample times its weight.
+        error_power: 2 if that error is squared, 1 if it is absolute.
 
     Returns:
-        Half the gradient of log e^2, per unit of the positions; not finite where the error is zero. For one channel
+        The gradient of log |e|, per unit of the positions; not finite where the error is zero. For one channel
         this is the gradient of log Q. For several it is that of the logarithm of the L2 norm, not the L1 norm, of the
         error: one backward pass can give only one of the two.
 
@@ -101,7 +105,7 @@ def grad_log_importance(
     >>> grad_log_importance(x.grad, weighted_error.grad, weighted_error.detach())
     tensor([[0.5000, 0.2500]])
     """
-    return gradient / (2 * loss_gradient * weighted_error)[:, None]
+    return gradient / (error_power * loss_gradient * weighted_error)[:, None]
 
 
 def lowest(importance: Float[Tensor, " n"], fraction: float) -> Bool[Tensor, " n"]:

@@ -6,6 +6,7 @@ import contextlib
 import random
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,8 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.external import TCNN_EXISTS
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
+
+from nerfstudio_softmining.errors import UserError
 
 
 def prepare(device: torch.device | str) -> None:
@@ -79,9 +82,9 @@ def has_fused_adam(device: torch.device | str) -> bool:
     return True
 
 
-def warn_if_tcnn_is_missing(chosen: str) -> None:
+def warn_if_tcnn_is_missing() -> None:
     """Warn that the slower implementation runs. Can go with [implementation][]."""
-    if chosen == "torch" and not TCNN_EXISTS:
+    if not TCNN_EXISTS:
         CONSOLE.print(
             "[yellow]tiny-cuda-nn is not installed: the torch implementation runs, which is slower on a GPU "
             "(`softmining doctor` tells how to install it).[/yellow]"
@@ -158,6 +161,45 @@ def lazy_lpips() -> Iterator[None]:
         yield
     finally:
         lpip.LearnedPerceptualImagePatchSimilarity = original  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def sdf_grid_in_torch() -> Iterator[None]:
+    """Within this, nerfstudio's SDF fields have a grid without tiny-cuda-nn, too.
+
+    Can go when nerfstudio has one in torch.
+    """
+    from nerfstudio.fields import sdf_field
+
+    from nerfstudio_softmining.plugin.hash_encoding import SDFGrid
+
+    module: Any = sdf_field
+    original = module.tcnn
+    if not TCNN_EXISTS:
+        module.tcnn = SimpleNamespace(Encoding=SDFGrid)
+    try:
+        yield
+    finally:
+        module.tcnn = original
+
+
+def require_ray_marching() -> None:
+    """Refuse methods that march through an occupancy grid where nerfacc's CUDA kernels are missing.
+
+    Can go when nerfacc marches on CPUs.
+    """
+    if not torch.cuda.is_available():
+        reason = "there is no CUDA GPU here"
+    else:
+        from nerfacc.cuda import _backend
+
+        if _backend._C is not None:
+            return
+        reason = "nerfacc has not built them, as it found no CUDA toolkit (nvcc)"
+    raise UserError(
+        f"instant-ngp marches along rays by nerfacc's CUDA kernels, and {reason}. Train softmining-nerfacto, or "
+        "softmining-nerfacto-lite without a GPU."
+    )
 
 
 def random_state() -> dict:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.datamanagers.base_datamanager import TDataset, VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
 from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIndicesEvalDataloader
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.ray_generators import RayGenerator
 from nerfstudio.utils import comms
+from nerfstudio.utils.misc import get_orig_class
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
-from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, SoftMiningDataset
+from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, NamesBrokenFiles
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
@@ -52,8 +53,10 @@ class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
             )
 
 
-class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
+class SoftMiningDataManager(VanillaDataManager[TDataset]):
     """Owns the pixels and rays of training, and keeps the state of its sampler in checkpoints.
+
+    As with nerfstudio's own, `SoftMiningDataManager[DepthDataset]` is one with another data set.
 
     Images are cached as bytes, 3 or 4 a pixel. They are loaded when training begins or a first batch is drawn, so that
     commands that only evaluate or render do not load them. Images of evaluation stay on the host.
@@ -87,6 +90,12 @@ class SoftMiningDataManager(VanillaDataManager[SoftMiningDataset]):
                 f"{type(self.dataparser).__name__} finds no scene with images at {self.config.data} ({error!r}). Check "
                 "--data, and name another dataparser after all other flags if the scene has another format."
             ) from error
+
+    @cached_property
+    def dataset_type(self) -> type[TDataset]:
+        """The class of the data set."""
+        given = get_args(get_orig_class(self))
+        return NamesBrokenFiles.mixed_into(given[0] if given else InputDataset)  # pyright: ignore[reportReturnType]
 
     def setup_train(self) -> None:
         """Set up what training needs, but for the images."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.data.datasets.sdf_dataset import SDFDataset
 from nerfstudio.data.utils.dataloaders import CacheDataloader
 from nerfstudio.data.utils.nerfstudio_collate import nerfstudio_collate
 from nerfstudio.utils.misc import get_dict_to_torch
@@ -55,6 +56,11 @@ class NamesBrokenFiles(InputDataset):
         except UNREADABLE as error:
             raise UserError(describe_broken(self._files(image_idx), error)) from error
 
+    @classmethod
+    def mixed_into(cls, kind: type[InputDataset]) -> type[InputDataset]:
+        """Return a class of data sets whose errors name broken files, too."""
+        return kind if issubclass(kind, cls) else type(kind.__name__, (cls, kind), {})
+
     def _files(self, image_idx: int) -> dict[str, Path]:
         """Return the files of an image by what they are."""
         outputs = self._dataparser_outputs
@@ -66,8 +72,18 @@ class NamesBrokenFiles(InputDataset):
         return {kind: Path(files[image_idx]) for kind, files in lists.items() if files}
 
 
-class SoftMiningDataset(NamesBrokenFiles):
-    """nerfstudio's data set of images and masks."""
+class SurfaceDataset(SDFDataset):
+    """nerfstudio's data set of images with depth and normals, of scenes without these, too.
+
+    Args:
+        dataparser_outputs: the scene, of any dataparser.
+        scale_factor: factor on the size of its images.
+    """
+
+    def __init__(self, dataparser_outputs: DataparserOutputs, scale_factor: float = 1.0) -> None:
+        priors = ("depth_filenames", "normal_filenames", "camera_to_worlds", "transform", "include_mono_prior")
+        metadata = dict.fromkeys(priors) | dataparser_outputs.metadata
+        super().__init__(dataclasses.replace(dataparser_outputs, metadata=metadata), scale_factor)
 
 
 class ByteImages(Dataset):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from nerfstudio.field_components.encodings import HashEncoding
 from torch import Tensor, nn
 
+from nerfstudio_softmining.errors import UserError
+
 PRIMES = (1, -1640531535, 805459861)
 """Factors of the hash as 32-bit integers; the second is 2654435761. Overflows keep the low bits, which are all used."""
 
@@ -68,15 +70,52 @@ class QuickHashEncoding(HashEncoding):
             positions = positions.detach()
         scaled = positions.t()[:, :, None] * self.scalings  # [3, n, levels]
         low = scaled.detach().floor()
-        index, weights = self._corners(low, scaled.detach().ceil()), _corner_weights(scaled - low)
+        index = self._corners(low, scaled.detach().ceil())
+        weights = _corner_weights(self.interpolated(scaled - low))
         index = (index + self.table_starts).view(8, -1).t().contiguous()
         features = _WeightedRows.apply(self.hash_table, index, weights.view(8, -1).t().contiguous())
         return features.reshape(*in_tensor.shape[:-1], -1)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def interpolated(self, offset: Tensor) -> Tensor:
+        """Return the part in [0, 1] of the higher corner at offsets within a cell: linear here."""
+        return offset
 
     def _corners(self, low: Tensor, high: Tensor) -> Tensor:
         """Hash the corners of cells between [3, n, levels] and [3, n, levels], as [2, 2, 2, n, levels]."""
         x, y, z = (torch.stack(ends).int() * prime for *ends, prime in zip(low, high, PRIMES, strict=True))
         return (x[:, None, None] ^ y[:, None] ^ z) & (self.hash_table_size - 1)
+
+
+class SDFGrid(QuickHashEncoding):
+    """The grid of nerfstudio's SDF field in torch. nerfstudio has it in tiny-cuda-nn alone.
+
+    Args:
+        n_input_dims: 3.
+        encoding_config: settings of a `HashGrid` of tiny-cuda-nn.
+    """
+
+    def __init__(self, n_input_dims: int, encoding_config: dict[str, Any]) -> None:
+        if encoding_config["otype"] != "HashGrid":
+            raise UserError(
+                "--pipeline.model.sdf-field.use-hash is False: a dense grid needs tiny-cuda-nn, which is not "
+                "installed (`softmining doctor` says how). Set it to True."
+            )
+        levels, features = encoding_config["n_levels"], encoding_config["n_features_per_level"]
+        growth, side = encoding_config["per_level_scale"], encoding_config["base_resolution"]
+        super().__init__(
+            num_levels=levels,
+            min_res=side,
+            max_res=round(side * growth ** (levels - 1)),
+            log2_hashmap_size=encoding_config["log2_hashmap_size"],
+            features_per_level=features,
+            hash_init_scale=1e-4,  # tiny-cuda-nn's
+            implementation="torch",
+        )
+        self.n_output_dims = levels * features
+        self.is_smooth = encoding_config["interpolation"] == "Smoothstep"
+
+    def interpolated(self, offset: Tensor) -> Tensor:
+        return offset.square() * (3 - 2 * offset) if self.is_smooth else offset
 
 
 def _corner_weights(offset: Tensor) -> Tensor:
@@ -93,7 +132,8 @@ def quicken(model: nn.Module) -> list[QuickHashEncoding]:
     """
     found = [module for module in model.modules() if isinstance(module, HashEncoding) and module.tcnn_encoding is None]
     for encoding in found:
-        encoding.__class__ = QuickHashEncoding
+        if not isinstance(encoding, QuickHashEncoding):
+            encoding.__class__ = QuickHashEncoding
         scalings = encoding.__dict__.pop("scalings")  # as a buffer it moves to the device once, not in every step
         encoding.register_buffer("scalings", scalings, persistent=False)
         encoding.register_buffer("table_starts", encoding.hash_offset.int(), persistent=False)

@@ -19,8 +19,19 @@ from nerfstudio.plugins.types import MethodSpecification
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManagerConfig
 from nerfstudio_softmining.plugin.llff_dataparser import LLFFDataParserConfig
-from nerfstudio_softmining.plugin.nerfacto import SoftMiningNerfactoModelConfig
+from nerfstudio_softmining.plugin.model import SoftMiningConfig
+from nerfstudio_softmining.plugin.models import (
+    SoftMiningDepthNerfactoModelConfig,
+    SoftMiningMipNeRFModelConfig,
+    SoftMiningNerfactoModelConfig,
+    SoftMiningNeuSFactoModelConfig,
+    SoftMiningNeuSModelConfig,
+    SoftMiningNGPModelConfig,
+    SoftMiningTensoRFModelConfig,
+    SoftMiningVanillaNeRFModelConfig,
+)
 from nerfstudio_softmining.plugin.optimizer import FusedAdamOptimizerConfig
+from nerfstudio_softmining.plugin.soft_mined import soft_mined
 
 EXACT_CAMERAS = {"camera_optimizer": CameraOptimizerConfig(mode="off"), "use_appearance_embedding": False}
 """Cameras and exposures as they are. The paper's two data sets have exact ones; a short training cannot mend them."""
@@ -56,6 +67,36 @@ LITE = {
 }
 """Grids and sample counts for two CPU cores. (Narrower networks than nerfacto's own would save little, and make the
 result depend on their start.)"""
+
+
+SOFT_MINED: dict[str, tuple[type[SoftMiningConfig], str]] = {
+    "nerfacto-big": (SoftMiningNerfactoModelConfig, "Larger nerfacto, soft mined."),
+    "nerfacto-huge": (SoftMiningNerfactoModelConfig, "Largest nerfacto, soft mined."),
+    "depth-nerfacto": (SoftMiningDepthNerfactoModelConfig, "Nerfacto with depth supervision, soft mined."),
+    "instant-ngp": (SoftMiningNGPModelConfig, "Instant-NGP for unbounded scenes, soft mined. Needs CUDA."),
+    "instant-ngp-bounded": (SoftMiningNGPModelConfig, "Instant-NGP for bounded scenes, soft mined. Needs CUDA."),
+    "vanilla-nerf": (SoftMiningVanillaNeRFModelConfig, "The original NeRF, soft mined. Slow."),
+    "mipnerf": (SoftMiningMipNeRFModelConfig, "Mip-NeRF for bounded scenes, soft mined. Slow."),
+    "tensorf": (SoftMiningTensoRFModelConfig, "TensoRF for bounded scenes, soft mined."),
+    "neus": (SoftMiningNeuSModelConfig, "NeuS for surfaces, soft mined. Slow."),
+    "neus-facto": (SoftMiningNeuSFactoModelConfig, "NeuS with proposal networks for surfaces, soft mined."),
+}
+"""nerfstudio's methods that are soft mined with all of their own settings: settings of the model, and a description."""
+
+
+def __getattr__(name: str) -> MethodSpecification:
+    """Make the specification of one of them, such as `softmining_tensorf`.
+
+    nerfstudio asks for it while it lists all methods, after its own.
+    """
+    method = name.removeprefix("softmining_").replace("_", "-")
+    if not name.startswith("softmining_") or method not in SOFT_MINED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nerfstudio.configs.method_configs import method_configs
+
+    model, description = SOFT_MINED[method]
+    config = soft_mined(method_configs[method], model, f"softmining-{method}")  # pyright: ignore[reportArgumentType]
+    return MethodSpecification(config, description)
 
 
 @dataclass

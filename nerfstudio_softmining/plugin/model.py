@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
-from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler
+from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler, VolumetricSampler
 from nerfstudio.models.base_model import Model
-from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor, nn
 
 from nerfstudio_softmining.errors import UserError, naming_flags
@@ -57,27 +56,58 @@ class SoftMiningMixin(Model):
 
     Put this class before that of the model.
 
-    The model must compute its reconstruction loss by `self.rgb_loss(truth, prediction)` and draw the samples of its
-    field by a nerfstudio ray sampler among its modules, with a [rays, samples] shape.
+    The model must compute its reconstruction loss by `self.rgb_loss(truth, prediction)`, an `MSELoss` or `L1Loss`. It
+    must draw the samples of its field by a nerfstudio ray sampler among its modules, the last one if there are several.
+    Losses of other kinds are left as they are.
     """
 
     config: Any
+    num_losses: ClassVar[int] = 1
+    """How many reconstruction losses the model computes from a batch: 2 where it has a coarse and a fine stage."""
 
     def populate_modules(self) -> None:
         """Build the model."""
         with compat.lazy_lpips():
             super().populate_modules()
-        compat.warn_if_tcnn_is_missing(getattr(self.config, "implementation", "torch"))
-        self.rgb_loss = SoftMinedLoss(self.config.alpha, self.config.weight_by)
-        self._encodings = quicken(self)
+        self._outer_sampler().register_forward_hook(self._attach_pixel_gradient, with_kwargs=True)
+        self.rgb_loss = self._weighted_loss()
+        self._encodings: list[Any] = list(quicken(self))
+        if self._encodings:
+            compat.warn_if_tcnn_is_missing()
         quicken_contractions(self)
-        self._outer_sampler().register_forward_hook(self._attach_pixel_gradient)
         self._error_grid = ErrorGrid()
         self._rays: RayBundle | None = None
+        self._has_pixel_gradient = False
 
     def _outer_sampler(self) -> Sampler:
-        """Return the module that draws the samples of the field."""
-        return next(module for module in self.children() if isinstance(module, Sampler))
+        """Return the module that draws the samples of the field, or of its finest stage.
+
+        Raises:
+            UserError: if there is none.
+        """
+        samplers = [module for module in self.children() if isinstance(module, Sampler)]
+        if not samplers:
+            raise UserError(
+                f"{type(self).__name__} cannot be soft mined: it has no ray sampler of nerfstudio among its modules. "
+                "Soft mining chooses single rays. Methods that render whole images, such as Gaussian splatting, have "
+                "none."
+            )
+        return samplers[-1]
+
+    def _weighted_loss(self) -> SoftMinedLoss:
+        """Return the loss that takes the place of the model's own.
+
+        Raises:
+            UserError: if that is of another kind.
+        """
+        own = getattr(self, "rgb_loss", None)
+        if not isinstance(own, (nn.MSELoss, nn.L1Loss)) or own.reduction != "mean":
+            raise UserError(
+                f"{type(self).__name__} cannot be soft mined: its rgb_loss is {own!r}. Soft mining weights the error "
+                "of each ray in an MSELoss or L1Loss. Losses of patches have no such error."
+            )
+        power = 2 if isinstance(own, nn.MSELoss) else 1
+        return SoftMinedLoss(self.config.alpha, self.config.weight_by, power, self.num_losses)
 
     def get_loss_dict(self, outputs: dict, batch: dict, metrics_dict: dict | None = None) -> dict[str, Tensor]:
         """Compute the model's own losses, with the reconstruction weighted while training."""
@@ -91,6 +121,11 @@ class SoftMiningMixin(Model):
         self.rgb_loss.batch = mining
         try:
             losses = super().get_loss_dict(outputs, batch, metrics_dict)
+            if mining is not None and self.rgb_loss.num_computed != self.num_losses:
+                raise TypeError(
+                    f"{type(self).__name__} computes rgb_loss {self.rgb_loss.num_computed} times from a batch, and its "
+                    f"num_losses is {self.num_losses}. Set that class attribute to the number."
+                )
         finally:
             self.rgb_loss.batch = None
         rays, self._rays = self._rays, None
@@ -100,24 +135,28 @@ class SoftMiningMixin(Model):
             and mining.importance is not None
             and mining.step % STEPS_PER_GRID == 0
         ):
-            self._error_grid.add(self._ends(rays, outputs["depth"]), mining.importance.detach())
+            self._error_grid.add(self._ends(rays, outputs), mining.importance.detach())
         return losses
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] # as in nerfstudio
         """Render rays. Outside of training `importance` and `sample_density` say how training saw these places."""
         outputs: dict[str, Any] = super().get_outputs(ray_bundle)
-        if "depth" not in outputs:
+        if not outputs.keys() & {"depth", "depth_fine"}:
             return outputs
         if self.training:
             self._rays = ray_bundle
             return outputs
-        importance, density = self._error_grid.look_up(self._ends(ray_bundle, outputs["depth"]))
+        importance, density = self._error_grid.look_up(self._ends(ray_bundle, outputs))
         return outputs | {"importance": importance[:, None], "sample_density": density[:, None]}
 
+    def ray_length(self, outputs: dict[str, Any]) -> Tensor:
+        """Return how far along each ray what it shows is [rays, 1], from the outputs of the model."""
+        return outputs["depth_fine" if "depth_fine" in outputs else "depth"]
+
     @torch.no_grad()
-    def _ends(self, rays: RayBundle, depth: Tensor) -> Tensor:
+    def _ends(self, rays: RayBundle, outputs: dict[str, Any]) -> Tensor:
         """Return where rays end [rays, 3], in [0, 1]^3 as the field sees space."""
-        positions = rays.origins + rays.directions * depth
+        positions = rays.origins + rays.directions * self.ray_length(outputs)
         contraction = getattr(getattr(self, "field", None), "spatial_distortion", None)
         if contraction is not None:
             return (contraction(positions) + 2) / 4
@@ -148,8 +187,8 @@ class SoftMiningMixin(Model):
     def get_image_metrics_and_images(self, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Compute the model's own metrics; LPIPS is left out where its weights are missing."""
         metrics, images = super().get_image_metrics_and_images(outputs, batch)
-        if math.isnan(metrics.get("lpips", 0.0)):
-            del metrics["lpips"]
+        for name in [name for name in metrics if name.endswith("lpips") and math.isnan(metrics[name])]:
+            del metrics[name]
         return metrics, images
 
     def get_training_callbacks(
@@ -176,8 +215,7 @@ class SoftMiningMixin(Model):
     @property
     def _implementation(self) -> str:
         """Return the implementation whose parameters the model holds: nerfstudio falls back to torch by itself."""
-        chosen = getattr(self.config, "implementation", "torch")
-        return chosen if TCNN_EXISTS else "torch"
+        return "tcnn" if any(type(module).__module__.startswith("tinycudann") for module in self.modules()) else "torch"
 
     def get_extra_state(self) -> dict:
         """Return what nerfstudio's checkpoints lack: the implementation, and the schedule of the proposal networks."""
@@ -205,18 +243,24 @@ class SoftMiningMixin(Model):
         if isinstance(sampler, ProposalNetworkSampler) and "step" in state:
             sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]
 
-    def _attach_pixel_gradient(self, sampler: nn.Module, inputs: tuple, output: tuple) -> None:
+    def _attach_pixel_gradient(self, sampler: nn.Module, inputs: tuple, keywords: dict[str, Any], output: Any) -> None:
         """Give the field's samples the gradient with respect to the pixel coordinates.
 
         The proposal networks do not see it, and so neither pay for it nor add to it. A camera optimizer's rotation of
         the rays is taken as the identity here, which it is up to some milliradians.
         """
-        ray_bundle, ray_samples = inputs[0], output[0]
+        ray_bundle = inputs[0] if inputs else keywords["ray_bundle"]
+        ray_samples, *others = output if isinstance(output, tuple) else (output,)
         assert isinstance(ray_bundle, RayBundle) and isinstance(ray_samples, RaySamples)
-        for name, key in RAY_OFFSETS.items():
-            offset = ray_bundle.metadata.get(key)
-            if offset is not None:
-                setattr(ray_samples.frustums, name, getattr(ray_samples.frustums, name) + offset[:, None])
+        # samples of an occupancy grid are packed in one dimension, beside the ray of each
+        ray = others[0] if isinstance(sampler, VolumetricSampler) else None
+        self._has_pixel_gradient = not ray_bundle.metadata.keys().isdisjoint(RAY_OFFSETS.values())
+        with torch.enable_grad():  # which some models switch off around their sampler
+            for name, key in RAY_OFFSETS.items():
+                offset = ray_bundle.metadata.get(key)
+                if offset is not None:
+                    offset = offset[:, None] if ray is None else offset[ray]
+                    setattr(ray_samples.frustums, name, getattr(ray_samples.frustums, name) + offset)
         follows_positions = self.uses_position_gradient(ray_samples)
         for encoding in self._encodings:
             encoding.follows_positions = follows_positions

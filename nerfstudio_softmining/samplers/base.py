@@ -92,7 +92,10 @@ class MiningBatch:
     weights: Float[Tensor, " rays"] | None = None
     """Weight of each ray's error; set by the model if rays are weighted."""
     weighted_error: Float[Tensor, " rays"] | None = None
-    """Weighted squared error of each ray, whose gradient is kept if there are coords; set by the model."""
+    """What the loss is the mean of: the weighted error of each ray. Its gradient is kept if there are coords. Set by
+    the model."""
+    error_power: int = 2
+    """Power of the error there: 2 for the squared error, 1 for the absolute one; set by the model."""
 
 
 class Samples(NamedTuple):

@@ -133,6 +133,7 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
                 batch.coords.grad[:count],
                 batch.weighted_error.grad[:count],
                 batch.weighted_error.detach()[:count],
+                batch.error_power,
             ).to(device)
         scale, domain = self.step_scale(samples), _Images(self, state.reserve)
         moved, info = langevin.step(

@@ -187,20 +187,29 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         # a resumed training may have another batch size, or other fractions
         is_same = block is not None and (block.num_chains, block.num_uniform) == (num_chains, num_uniform)
         if block is None or not is_same or block.error.shape[1] != count or block.used == len(block.error):
-            state, block = self._draw_block(self._settle(state), density, num_chains, count, num_uniform)
+            # where batches change in size, as with instant-ngp, those of later steps would be drawn in vain
+            is_steady = block is None or is_same and block.error.shape[1] == count
+            times = self.config.pool_size if is_steady else 1
+            state, block = self._draw_block(self._settle(state), density, num_chains, count, num_uniform, times)
         samples = take(block.samples, block.used)
         state = state._replace(block=block._replace(used=block.used + 1))
         return Samples(samples, num_uniform, num_chains, state.restarted), state
 
     def _draw_block(
-        self, state: MixtureState, density: PixelDensity, num_chains: int, count: int, num_uniform: int
+        self,
+        state: MixtureState,
+        density: PixelDensity,
+        num_chains: int,
+        count: int,
+        num_uniform: int,
+        most: int,
     ) -> tuple[MixtureState, Block]:
         """Draw the batches up to the next correction of the map, or as many as the pool has chains for."""
         pool_size, num_drawn = self.config.pool_size, count - num_chains - num_uniform
         missing = pool_size * num_chains - len(state.chains.ratio)
         if missing > 0:
             state = state._replace(chains=concatenate(state.chains, self._start(density, missing)))
-        times = max(1, min(pool_size, state.map.interval - state.map.steps))
+        times = max(1, min(most, state.map.interval - state.map.steps))
         chains, others = _split(state.chains, times * num_chains)
         chains, samples = self._propose(chains, density)
         if num_chains < count:

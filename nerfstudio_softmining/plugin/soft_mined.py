@@ -1,0 +1,74 @@
+"""One call that turns a nerfstudio method into a soft-mined one."""
+
+from __future__ import annotations
+
+import dataclasses
+from copy import deepcopy
+from typing import Any, get_args
+
+from nerfstudio.data.datasets.sdf_dataset import SDFDataset
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.pipelines.dynamic_batch import DynamicBatchPipeline
+
+from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager, SoftMiningDataManagerConfig
+from nerfstudio_softmining.plugin.dataset import SurfaceDataset
+from nerfstudio_softmining.plugin.model import SoftMiningConfig
+from nerfstudio_softmining.plugin.optimizer import FusedAdamOptimizerConfig
+from nerfstudio_softmining.plugin.pipelines import RayMarchingPipeline
+
+OWN = {"_target", "pixel_sampler", "images_on_gpu", "masks_on_gpu"}
+"""Settings of soft mining that the other method has otherwise: what they set up, the sampler, where images are."""
+
+
+def soft_mined(
+    method: TrainerConfig, model: type[SoftMiningConfig], name: str | None = None, **settings: Any
+) -> TrainerConfig:
+    """Return a method that trains as another does, on pixels that soft mining chooses.
+
+    All settings are those of the other method, but for the device, where this machine has no CUDA GPU, and for the log,
+    which TensorBoard gets as well. Adam runs in one kernel. A `ParallelDataManager` gives way to one that draws rays in
+    the process that trains.
+
+    Args:
+        method: settings of the other method, which stay as they are.
+        model: settings of its model, soft mined.
+        name: name of the new method; softmining- and the other's if None.
+        settings: settings of the model that differ.
+
+    Raises:
+        UserError: if the method trains on whole images.
+    """
+    config = deepcopy(method)
+    theirs: Any = config.pipeline.datamanager
+    if not hasattr(theirs, "train_num_rays_per_batch"):
+        raise UserError(
+            f"{method.method_name} cannot be soft mined: its {type(theirs).__name__} gives whole images to the model. "
+            "Soft mining chooses single rays."
+        )
+    if config.pipeline._target is DynamicBatchPipeline:
+        config.pipeline._target = RayMarchingPipeline
+    config.method_name = name or f"softmining-{method.method_name}"
+    config.pipeline.datamanager = SoftMiningDataManagerConfig(**_shared(theirs, SoftMiningDataManagerConfig))
+    for dataset in get_args(theirs._target):
+        dataset = SurfaceDataset if dataset is SDFDataset else dataset
+        config.pipeline.datamanager._target = SoftMiningDataManager[dataset]
+    shared: dict[str, Any] = _shared(config.pipeline.model, model)
+    if hasattr(model, "implementation"):
+        shared["implementation"] = compat.implementation()
+    config.pipeline.model = model(**shared | settings)  # pyright: ignore[reportAttributeAccessIssue] # also a ModelConfig
+    for group in config.optimizers.values():
+        optimizer = group["optimizer"]
+        if type(optimizer) is AdamOptimizerConfig:
+            group["optimizer"] = FusedAdamOptimizerConfig(**_shared(optimizer, FusedAdamOptimizerConfig))
+    config.machine = dataclasses.replace(config.machine, device_type=compat.device_type())
+    config.vis = "viewer+tensorboard"
+    return config
+
+
+def _shared(theirs: Any, ours: type) -> dict[str, Any]:
+    """Return the settings that two classes of settings share, but for those that are soft mining's own."""
+    names = {field.name for field in dataclasses.fields(ours) if field.init} - OWN
+    return {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
