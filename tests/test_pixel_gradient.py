@@ -24,6 +24,7 @@ CAMERAS = {
     "fisheye": dict(camera_type=CameraType.FISHEYE),
     "equirectangular": dict(camera_type=CameraType.EQUIRECTANGULAR),
     "orthophoto": dict(camera_type=CameraType.ORTHOPHOTO),
+    "fisheye624": dict(camera_type=CameraType.FISHEYE624, distortion_params=0.01 * torch.arange(12.0).cos()),
 }
 
 
@@ -31,12 +32,11 @@ def make_cameras(**options) -> Cameras:
     pose = torch.eye(4)[:3].repeat(2, 1, 1)
     pose[:, 2, 3] = 1.0
     pose[1, 0, 3] = 0.3
-    equirectangular = options["camera_type"] is CameraType.EQUIRECTANGULAR
     size = dict(fx=32.0, fy=32.0, cx=32.0, cy=16.0, width=64, height=32)
-    if not equirectangular:
+    if options["camera_type"] is not CameraType.EQUIRECTANGULAR:
         size = dict(fx=40.0, fy=44.0, cx=31.0, cy=17.0, width=64, height=32)
     if "distortion_params" in options:
-        options = {**options, "distortion_params": options["distortion_params"].expand(2, 6)}
+        options = {**options, "distortion_params": options["distortion_params"].expand(2, -1)}
     return Cameras(camera_to_worlds=pose, **size, **options)
 
 

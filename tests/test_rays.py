@@ -8,6 +8,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
+from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import rays as rays_module
 from nerfstudio_softmining.plugin.rays import RAY_OFFSETS, MiningRayGenerator
 
@@ -136,3 +137,13 @@ def test_a_table_is_made_in_parts(monkeypatch):
     monkeypatch.setattr(rays_module, "CHUNK", 100)
     parts = MiningRayGenerator(cameras).table
     assert whole is not None and parts is not None and torch.equal(whole.rows, parts.rows)
+
+
+@pytest.mark.parametrize("kind", rays_module.RENDER_ONLY)
+def test_cameras_that_nothing_can_be_trained_on_are_refused(kind):
+    pose = torch.eye(4)[:3].repeat(2, 1, 1)
+    cameras = Cameras(pose, fx=32.0, fy=32.0, cx=32.0, cy=16.0, width=64, height=32, camera_type=kind)
+    with pytest.raises((IndexError, RuntimeError)):  # nerfstudio's own, which this is to go with
+        cameras.generate_rays(camera_indices=torch.zeros(5, 1).long(), coords=torch.ones(5, 2))
+    with pytest.raises(UserError, match=f"cameras of type {kind.name}.*Convert"):
+        MiningRayGenerator(cameras)

@@ -172,7 +172,36 @@ def test_on_panoramas_the_drift_is_that_of_importance_times_solid_angle():
     moves = 1e-3 * 40 * 80 * (gradient + torch.stack((slope, torch.zeros(400)), dim=-1).float())
     stays = chains_of(sampler).follows_importance  # the others have left the image
     assert stays.sum() > 200
-    torch.testing.assert_close((chains_of(sampler).position - start.position)[stays], moves[stays], atol=1e-3, rtol=0)
+    moved = chains_of(sampler).position - start.position
+    moved[:, 1] = (moved[:, 1] + 40) % 80 - 40  # around the panorama
+    torch.testing.assert_close(moved[stays], moves[stays], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("is_panorama", [False, True])
+def test_chains_walk_around_a_panorama_and_end_at_the_side_of_other_images(is_panorama):
+    sampler = make_sampler(
+        200, 2, noise=0.0, reinit_fraction=0.0, uniform_fraction=0.0, drift=1e-3, is_equirectangular=is_panorama
+    )
+    sampler.sample(PANORAMA.batch())
+    replace_chains(sampler, position=torch.tensor([[20.5, 79.5], [20.5, 0.5]]).repeat(100, 1))
+    outwards = torch.tensor([[0.0, 1.0], [0.0, -1.0]]).repeat(100, 1) / 3.2
+    sampler.update(feed(sampler.sample(PANORAMA.batch())[BATCH_KEY], outwards))
+    chains = chains_of(sampler)
+    assert chains.follows_importance.all() == is_panorama and chains.follows_importance.any() == is_panorama
+    if is_panorama:
+        expected = torch.tensor([0.5, 79.5]).repeat(100)
+        torch.testing.assert_close(chains.position[:, 1], expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("column", [-1e-9, -0.3, 0.0, 79.9999, 80.0, 163.0])
+def test_a_position_on_a_panorama_is_within_it(column):
+    sampler = make_sampler(10, 2, is_equirectangular=True)
+    sampler.sample(PANORAMA.batch())
+    images = sampler.run.sampler.images
+    samples = images.as_samples(torch.zeros(1, dtype=torch.int64), torch.tensor([[3.0, column]]))
+    wrapped = images.wrap(samples)
+    assert images.contains(wrapped).all()
+    assert abs((float(wrapped.position[0, 1]) - column + 40) % 80 - 40) < 1e-4
 
 
 def test_on_panoramas_the_lowest_chains_are_those_of_importance_times_solid_angle():

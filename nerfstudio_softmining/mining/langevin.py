@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -130,6 +131,7 @@ def step(
     noise: Float[Tensor, "n k"] | float,
     reinit_fraction: float,
     generator: torch.Generator | None = None,
+    wrap: Callable[[ChainState], ChainState] | None = None,
 ) -> tuple[ChainState, Info]:
     """Move every chain by x + a grad log Q(x) + b eta (eq. 10), then re-initialise those that left or have low Q.
 
@@ -145,6 +147,7 @@ def step(
         noise: b, in units of the positions: the standard deviation of one step; likewise.
         reinit_fraction: fraction of the chains, those of the lowest importance, to re-initialise.
         generator: source of randomness on the chains' device; torch's own if None.
+        wrap: brings chains that have left a closed domain, such as a panorama, back in at the other side.
 
     The half line x > 0, with new chains at 5. Of three chains one moves, one leaves, and one has the lowest importance:
 
@@ -168,6 +171,7 @@ def step(
         position=chains.position + drift * grad_log_q + noise * eta,
         follows_importance=torch.ones_like(chains.follows_importance),
     )
+    moved = moved if wrap is None else wrap(moved)
     info = Info(is_outside=~domain.contains(moved), is_lowest=lowest(importance, reinit_fraction))
     is_restarted = info.is_outside | info.is_lowest
     starts = domain.propose(min(count, round(reinit_fraction * count) + max(MIN_SPARE_STARTS, count // 16)))

@@ -194,12 +194,7 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
         sampler.training = self.training
         if not self.training:
             return super().next_train(step)
-        if self._random_state is not None:
-            compat.set_random_state(self._random_state)
-            self._random_state = None
-        if self._starts_apart:
-            compat.seed_everything(torch.initial_seed() + step)
-            self._starts_apart = False
+        self._resume_randomness(step)
         self.train_count += 1
         image_batch = next(self.iter_train_image_dataloader)
         assert isinstance(image_batch, dict)
@@ -213,6 +208,15 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             batch["image"] = _moving_with(mining.coords, batch["image"], mining.image_gradient)
         self._mining_batch = mining
         return rays, batch
+
+    def _resume_randomness(self, step: int) -> None:
+        """Go on from the randomness of a checkpoint, once."""
+        if self._random_state is not None:
+            compat.set_random_state(self._random_state)
+            self._random_state = None
+        if self._starts_apart:
+            compat.seed_everything(torch.initial_seed() + step)
+            self._starts_apart = False
 
     def _importance(self, indices: Tensor) -> Tensor:
         """Evaluate Q of given pixels [rays, 3] with the model as it is."""
@@ -251,6 +255,10 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
 
         return [
             *super().get_training_callbacks(training_callback_attributes),
+            # before models draw anything, such as cells of an occupancy grid to look at
+            TrainingCallback(
+                [TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._resume_randomness, update_every_num_iters=1
+            ),
             TrainingCallback(
                 [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], update_sampler, update_every_num_iters=1
             ),
@@ -265,7 +273,7 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
         }
 
     def set_extra_state(self, state: dict) -> None:
-        """Continue from a checkpoint at the next training batch.
+        """Continue from a checkpoint at the next training step.
 
         A checkpoint holds the randomness and the sampler of the first process. The others start with a sampler and a
         random stream of their own, as all would train on the same rays otherwise.

@@ -15,11 +15,20 @@ from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.model_components.ray_generators import RayGenerator
 from torch import Tensor
 
+from nerfstudio_softmining.errors import UserError
+
 RAY_OFFSETS = {"origins": "origin_offsets", "directions": "direction_offsets"}
 """Keys of a ray bundle's metadata: zeros of [rays, 3] that have the gradient of the origins and directions with respect
 to the pixel coordinates. They are apart from the rays so that only what is meant to see this gradient does."""
 SINGLE_CENTRE = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR, CameraType.FISHEYE624)
 """Types of camera whose rays all start at its position, in directions that turn with its rotation."""
+RENDER_ONLY = (
+    CameraType.OMNIDIRECTIONALSTEREO_L,
+    CameraType.OMNIDIRECTIONALSTEREO_R,
+    CameraType.VR180_L,
+    CameraType.VR180_R,
+)
+"""Types of camera whose whole images nerfstudio renders, but of which it makes no rays of single pixels."""
 SMALL_TABLE_BYTES = 1 << 25
 """Memory that the tables of all lenses may always take."""
 IMAGE_FRACTION = 0.25
@@ -52,6 +61,16 @@ class MiningRayGenerator(RayGenerator):
     `differentiable` look its result up in a table instead, which is made at their first use. Cameras without a common
     centre, or with too many different lenses, are left to nerfstudio.
     """
+
+    def __init__(self, cameras: Cameras) -> None:
+        """Refuse cameras that nothing can be trained on."""
+        super().__init__(cameras)
+        for kind in RENDER_ONLY:
+            if (cameras.camera_type == kind.value).any():
+                raise UserError(
+                    f"the scene has cameras of type {kind.name}, which nerfstudio renders but does not train on. "
+                    "Convert these images to perspective or equirectangular ones."
+                )
 
     @cached_property
     def table(self) -> LensTable | None:

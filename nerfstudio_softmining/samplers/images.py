@@ -258,6 +258,16 @@ class TrainingImages:
         on_image = torch.where(is_inside[:, None], samples.position, 0.0)
         return is_inside & self.valid(cache_index, on_image.long())
 
+    def wrap(self, samples: PixelSamples) -> PixelSamples:
+        """Return positions that have left a panorama at one side where they come in at the other."""
+        if not self.is_equirectangular:
+            return samples
+        row, column = samples.position.unbind(-1)
+        width = self.width[self.cache_index[samples.image_index]].to(column.dtype)
+        wrapped = column.remainder(width)
+        # a remainder is rounded to the width itself just below 0
+        return samples._replace(position=torch.stack((row, wrapped.where(wrapped < width, 0.0)), dim=-1))
+
     def lookup(self, key: str, samples: PixelSamples) -> Tensor:
         """Return the data [n, channels] under a key at the pixels of the samples."""
         return self._lookup(key, self.cache_index[samples.image_index], *samples.pixels.unbind(-1))

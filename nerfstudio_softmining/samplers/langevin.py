@@ -114,6 +114,9 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
         """Return the unit of drift and noise in pixels: the side of each chain's image, so that steps are isotropic."""
         return self.images.side(samples)
 
+    def _wrap(self, chains: ChainState) -> ChainState:
+        return _chains(self.images.wrap(PixelSamples(*chains)))
+
     def update(self, state: LangevinState, batch: MiningBatch, applied: Tensor | bool) -> LangevinState:
         count = len(batch.indices) - batch.num_uniform
         if count == 0:
@@ -145,6 +148,7 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
             noise=self.config.noise * scale,
             reinit_fraction=self.config.reinit_fraction,
             generator=self.context.generator,
+            wrap=self._wrap,
         )
         restarted = (info.is_outside | info.is_lowest).float().mean()
         if isinstance(applied, Tensor):

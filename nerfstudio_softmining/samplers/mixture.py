@@ -227,6 +227,7 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         place, grid = _samples(chains), self.map.grid
         eta = torch.empty_like(place.position).normal_(generator=self.context.generator)
         stepped = place._replace(position=place.position + self.config.noise * self.images.side(place) * eta)
+        stepped = self.images.wrap(stepped)
         stepped = where(self.images.contains(stepped), stepped, place)
         stepped = where(self.predicted[grid.tile(stepped)] > 0, stepped, place)
         cell = dens.draw_within(density.table, grid.tile(stepped), ERROR_POWER, self.context.generator)
