@@ -16,13 +16,14 @@ from nerfstudio.data.utils.dataloaders import FixedIndicesEvalDataloader, RandIn
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.ray_generators import RayGenerator
 from nerfstudio.utils import comms
-from nerfstudio.utils.misc import get_orig_class
+from nerfstudio.utils.misc import get_orig_class, step_check
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, NamesBrokenFiles
+from nerfstudio_softmining.plugin.distributed import gather
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
@@ -79,6 +80,8 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
         self._loss_scale: Tensor | None = None
         self._random_state: dict | None = None
         self._starts_apart = False
+        self._other_states: list[dict] = []
+        """What the other processes have in the checkpoint of the last step."""
         try:
             super().__init__(config, device, *args, **kwargs)
         except UserError:
@@ -253,6 +256,13 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             applied = True if before is None or self._loss_scale is None else self._loss_scale >= before
             sampler.update(mining, applied)
 
+        trainer = training_callback_attributes.trainer
+        last = -1 if trainer is None else trainer._start_step + trainer.config.max_num_iterations - 1
+
+        def collect_states(step: int) -> None:
+            is_saved = trainer is not None and (step == last or step_check(step, trainer.config.steps_per_save))
+            self._other_states = gather(self._own_state())[1:] if is_saved and self.world_size > 1 else []
+
         return [
             *super().get_training_callbacks(training_callback_attributes),
             # before models draw anything, such as cells of an occupancy grid to look at
@@ -262,25 +272,33 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             TrainingCallback(
                 [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], update_sampler, update_every_num_iters=1
             ),
+            TrainingCallback(
+                [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], collect_states, update_every_num_iters=1
+            ),
         ]
 
-    def get_extra_state(self) -> dict:
-        """Return the sampler's state and the sources of randomness, which nerfstudio's checkpoints do not hold."""
+    def _own_state(self) -> dict:
         sampler = self.train_pixel_sampler
         return {
             "sampler": sampler.state_dict() if isinstance(sampler, MiningPixelSampler) else {},
             "random": compat.random_state(),
         }
 
+    def get_extra_state(self) -> dict:
+        """Return the sampler's state and the sources of randomness, which nerfstudio's checkpoints do not hold."""
+        return self._own_state() | {"others": self._other_states}
+
     def set_extra_state(self, state: dict) -> None:
         """Continue from a checkpoint at the next training step.
 
-        A checkpoint holds the randomness and the sampler of the first process. The others start with a sampler and a
-        random stream of their own, as all would train on the same rays otherwise.
+        Each process goes on from its own sampler and randomness. More processes than the checkpoint has start with a
+        sampler and a random stream of their own, as they would train on the same rays otherwise.
         """
-        if comms.get_rank() != 0:
+        states = [state, *state.get("others", [])]
+        if comms.get_rank() >= len(states):
             self._starts_apart = True
             return
+        state = states[comms.get_rank()]
         self._random_state = state["random"]
         if isinstance(self.train_pixel_sampler, MiningPixelSampler):
             self.train_pixel_sampler.load_state_dict(state["sampler"])

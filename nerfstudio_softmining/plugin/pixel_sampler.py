@@ -13,6 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError, naming_flags
+from nerfstudio_softmining.plugin.distributed import share
 from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerConfig, SamplerContext
 from nerfstudio_softmining.samplers.images import TrainingImages, to_colours
 from nerfstudio_softmining.samplers.registry import samplers
@@ -108,6 +109,7 @@ class MiningPixelSampler(PixelSampler):
         self.draws_uniformly = False
         """Whether the sampler is switched off for now, and all rays are uniform and weigh the same."""
         super().__init__(config, **kwargs)
+        self._num_shared = self.num_rays_per_batch
 
     @property
     def run(self) -> SamplerRun | None:
@@ -171,6 +173,7 @@ class MiningPixelSampler(PixelSampler):
         """
         if self._run is not None and batch.drawn_by_sampler:
             applied = applied.to(batch.density_ratio.device) if isinstance(applied, Tensor) else applied
+            batch.shared = share(batch, self._num_shared, self._run.sampler.images)
             self._run.update(batch, applied)
 
     def live_settings(self) -> dict[str, Any]:

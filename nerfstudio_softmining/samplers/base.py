@@ -97,6 +97,9 @@ class MiningBatch:
     error_power: int = 2
     """Power of the error there: 2 for the squared error, 1 for the absolute one; set by the model."""
 
+    shared: MiningBatch | None = None
+    """The rays of this step in all processes, with their density, importance and error; None where one trains."""
+
 
 class Samples(NamedTuple):
     """Pixels drawn for a batch."""

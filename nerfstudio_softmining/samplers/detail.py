@@ -151,6 +151,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     def update(self, state: DetailState, batch: MiningBatch, applied: Tensor | bool) -> DetailState:
         if self.config.error_exponent == 0 or self.prior is None:
             return state
+        batch = batch.shared or batch
         assert batch.importance is not None
         error = batch.importance.detach()
         if isinstance(applied, Tensor):

@@ -67,6 +67,7 @@ class ErrorMap(DensitySampler[ErrorMapConfig, ErrorMapState]):
         return ErrorMapState(self.config.interval, 0, None, None, None) if previous is None else previous
 
     def update(self, state: ErrorMapState, batch: MiningBatch, applied: Tensor | bool) -> ErrorMapState:
+        batch = batch.shared or batch
         assert batch.error is not None
         images, filling = self.images, state.filling
         if filling is None:

@@ -98,6 +98,7 @@ class Quadtree(DensitySampler[QuadtreeConfig, QuadtreeState]):
         return QuadtreeState(0 if previous is None else previous.rays, depth, error, count, None)
 
     def update(self, state: QuadtreeState, batch: MiningBatch, applied: Tensor | bool) -> QuadtreeState:
+        batch = batch.shared or batch
         assert batch.importance is not None
         importance = batch.importance.to(self.images.device)
         is_known = (importance.isfinite() & applied).float()
