@@ -1,7 +1,7 @@
-"""Soft-mine a nerfstudio method of your own.
+"""Soft-mine a nerfstudio method of your own: a mixin before its model, and one call for its settings.
 
-Your model needs two things: its reconstruction loss is `self.rgb_loss(truth, prediction)`, and a nerfstudio ray sampler
-among its modules draws the samples of its field. nerfacto and most methods derived from it are such models.
+Your model needs two things: its reconstruction loss is `self.rgb_loss(truth, prediction)`, an MSELoss or L1Loss, and a
+nerfstudio ray sampler among its modules draws the samples of its field. docs/own_method.md says more.
 
 Try it without installing anything, from this folder:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nerfstudio.data.datamanagers.parallel_datamanager import ParallelDataManagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.trainer import TrainerConfig
@@ -22,41 +23,50 @@ from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManagerConfig
 from nerfstudio_softmining.plugin.model import SoftMiningConfig, SoftMiningMixin
+from nerfstudio_softmining.plugin.soft_mined import soft_mined
 
 
+# Your method, as it is: its model, the settings of that, and the settings of a training.
 class MyModel(NerfactoModel):
     """Stands for a model of yours."""
 
 
-# 1. The mixin before your model, and its settings before those of your model.
+@dataclass
+class MyModelConfig(NerfactoModelConfig):
+    """Settings of your model."""
+
+    _target: type = field(default_factory=lambda: MyModel)
+
+
+my_method = TrainerConfig(
+    method_name="my-method",
+    max_num_iterations=30000,
+    mixed_precision=True,
+    pipeline=VanillaPipelineConfig(
+        datamanager=ParallelDataManagerConfig(dataparser=NerfstudioDataParserConfig()), model=MyModelConfig()
+    ),
+    optimizers={
+        "proposal_networks": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
+        "fields": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
+        "camera_opt": {"optimizer": AdamOptimizerConfig(lr=1e-3, eps=1e-15), "scheduler": None},
+    },
+)
+
+
+# The mixin before your model, and its settings before those of your model.
 class MySoftMinedModel(SoftMiningMixin, MyModel):
     """Your model, soft mined."""
 
 
 @dataclass
-class MySoftMinedModelConfig(SoftMiningConfig, NerfactoModelConfig):
+class MySoftMinedModelConfig(SoftMiningConfig, MyModelConfig):
     """Settings of your model, and of soft mining."""
 
     _target: type = field(default_factory=lambda: MySoftMinedModel)
 
 
-# 2. The datamanager that tells the sampler about the loss.
+# One call: all settings of your method, with soft mining's datamanager and model.
 my_softmined = MethodSpecification(
-    TrainerConfig(
-        method_name="my-softmined",
-        max_num_iterations=30000,
-        mixed_precision=True,
-        pipeline=VanillaPipelineConfig(
-            datamanager=SoftMiningDataManagerConfig(dataparser=NerfstudioDataParserConfig()),
-            model=MySoftMinedModelConfig(alpha=0.8),
-        ),
-        optimizers={
-            "proposal_networks": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
-            "fields": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-15), "scheduler": None},
-            "camera_opt": {"optimizer": AdamOptimizerConfig(lr=1e-3, eps=1e-15), "scheduler": None},
-        },
-    ),
-    description="My method, soft mined.",
+    soft_mined(my_method, MySoftMinedModelConfig, "my-softmined", alpha=0.8), description="My method, soft mined."
 )
