@@ -107,3 +107,15 @@ def test_the_batch_may_be_of_any_parts(chain_fraction):
     settings = dict(chain_fraction=chain_fraction, uniform_fraction=0.4 if chain_fraction < 1 else 0.0)
     for _, mining in run(LARGE, 5, 0, importance_of(LARGE, 2, 4), **settings):
         assert len(mining.indices) == 300 and mining.num_uniform == round(300 * settings["uniform_fraction"])
+
+
+def test_batches_that_change_in_size_are_drawn_one_at_a_time():
+    """As those of instant-ngp do; batches of later steps would be drawn in vain."""
+    sampler, batch, drawn = make_sampler(100, kind="mixture", pool_size=4, cell_size=1), LARGE.batch(), []
+    for rays in (100, 100, 90, 110, 95, 95, 95):
+        sampler.set_num_rays_per_batch(rays)
+        mining = sampler.sample(batch)[BATCH_KEY]
+        assert len(mining.indices) == rays
+        drawn.append(len(sampler.run.state.block.error))
+        sampler.update(feed(mining, importance=torch.rand(rays)))
+    assert drawn == [4, 4, 1, 1, 1, 4, 4]
