@@ -26,6 +26,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from nerfstudio.utils import colors
 from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor, nn
+from virtual_device import DEVICE, VirtualDevice
 
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
@@ -79,9 +80,10 @@ def ray_marching(monkeypatch, request) -> None:
 def march(grid, rays_o: Tensor, rays_d: Tensor, *, near_plane: float, stratified: bool, **_) -> tuple[Tensor, ...]:
     """Return the samples of rays in occupied cells of the inner level of an occupancy grid."""
     count, steps = len(rays_o), 16
-    edges = max(near_plane, 2.0) + torch.linspace(0, 4, steps + 1, dtype=rays_o.dtype).repeat(count, 1)
+    steps_along = torch.linspace(0, 4, steps + 1, dtype=rays_o.dtype, device=rays_o.device)
+    edges = max(near_plane, 2.0) + steps_along.repeat(count, 1)
     if stratified:
-        edges = edges + 0.2 * torch.rand(count, 1)
+        edges = edges + 0.2 * torch.rand(count, 1, device=rays_o.device)
     places = rays_o[:, None] + rays_d[:, None] * (edges[:, 1:] + edges[:, :-1])[..., None] / 2
     low, high = grid.aabbs[0].view(2, 3)
     cell = ((places - low) / (high - low) * grid.resolution).long()
@@ -113,9 +115,11 @@ class Training:
         data: folder with the scenes.
         method: settings of the method.
         kind: kind of sampler; nerfstudio's own datamanager if None.
+        device: where it trains.
+        settings: settings of the model.
     """
 
-    def __init__(self, data, method: str, kind: str | None = "mixture", **settings) -> None:
+    def __init__(self, data, method: str, kind: str | None = "mixture", device="cpu", **settings) -> None:
         self.name = method.removeprefix("softmining-")
         config = deepcopy(all_methods[method]).pipeline
         if kind is None:
@@ -143,7 +147,7 @@ class Training:
         random.seed(0)
         torch.manual_seed(0)
         with compat.lazy_lpips():
-            self.pipeline: VanillaPipeline = config.setup(device="cpu")
+            self.pipeline: VanillaPipeline = config.setup(device=device)
         groups = self.pipeline.get_param_groups()
         self.optimizer = torch.optim.Adam([parameter for group in groups.values() for parameter in group], lr=1e-3)
         scaler = torch.cuda.amp.GradScaler(enabled=False)
@@ -293,6 +297,17 @@ def test_trains_with_the_pool_and_is_evaluated(data, name):
     assert all(output.is_floating_point() for output in outputs.values())  # or `ns-render dataset` cannot store them
     if "depth_fine" not in outputs:  # whose rays end outside of the scene's box so early
         assert outputs["importance"].max() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if "neus" not in name])  # whose second derivatives end it
+@pytest.mark.parametrize("kind", ["mixture", "langevin"])
+def test_a_step_mixes_no_devices_and_soft_mining_waits_for_nothing(data, name, kind):
+    with VirtualDevice() as device:
+        training = Training(data, f"softmining-{name}", kind, DEVICE)
+        training.step()
+        device.waits.clear()
+        training.step()
+        assert not [wait for wait in device.waits if wait.startswith("nerfstudio_softmining/")]
 
 
 @METHODS

@@ -68,6 +68,7 @@ class NamesBrokenFiles(InputDataset):
             "image": outputs.image_filenames,
             "mask": outputs.mask_filenames,
             "depth map": outputs.metadata.get("depth_filenames"),
+            "normal map": outputs.metadata.get("normal_filenames"),
         }
         return {kind: Path(files[image_idx]) for kind, files in lists.items() if files}
 

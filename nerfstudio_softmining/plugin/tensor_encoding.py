@@ -80,12 +80,14 @@ def make_differentiable(model: nn.Module) -> list[nn.Module]:
 
 def _on_planes(table: Tensor, positions: Tensor) -> Tensor:
     """Look positions [*n, 3] up in planes [3, components, side, side], as [3, components, n]."""
-    return _look_up(table, torch.stack([positions.reshape(-1, 3)[:, axes] for axes in PLANES]))
+    x = positions.reshape(-1, 3).unbind(dim=-1)
+    return _look_up(table, torch.stack([torch.stack((x[row], x[column]), dim=-1) for row, column in PLANES]))
 
 
 def _on_lines(table: Tensor, positions: Tensor) -> Tensor:
     """Look positions [*n, 3] up in lines [3, components, side, 1], as [3, components, n]."""
-    along = positions.reshape(-1, 3)[:, LINES].t()
+    x = positions.reshape(-1, 3).unbind(dim=-1)
+    along = torch.stack([x[axis] for axis in LINES])
     return _look_up(table, torch.stack((torch.zeros_like(along), along), dim=-1))
 
 

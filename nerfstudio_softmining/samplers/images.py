@@ -157,7 +157,7 @@ class TrainingImages:
 
     def _part(self, key: str, cache_index: int) -> Tensor:
         value, (height, width) = self.values[key], self.sizes[cache_index]
-        if value.dim() == 4:
+        if value.dim() > 2:
             return value[cache_index]
         return value[self._starts[cache_index] : self._starts[cache_index + 1]].view(height, width, -1)
 
@@ -274,7 +274,7 @@ class TrainingImages:
 
     def _lookup(self, key: str, cache_index: Tensor, row: Tensor, column: Tensor) -> Tensor:
         value = self.values[key]
-        if value.dim() == 4:
+        if value.dim() > 2:
             index = (cache_index, row, column)
         else:
             index = (self.start[cache_index] + row * self.width[cache_index] + column,)
@@ -336,20 +336,22 @@ def nth(marks: Bool[Tensor, "n m"], rank: Int64[Tensor, " n"]) -> Int64[Tensor, 
 def _joined(image_batch: dict, key: str) -> Tensor | None:
     """Return the per-pixel data under a key, or None for what is not per pixel.
 
-    A tensor [images, height, width, channels] stays as it is; a list becomes one tensor [pixels, channels].
+    A tensor [images, height, width, ...] stays as it is; a list becomes one tensor [pixels, ...]. Data may be without
+    channels, such as nerfstudio's monocular depth.
     """
     value, images = image_batch[key], image_batch["image"]
     if isinstance(value, Tensor) and isinstance(images, Tensor):
-        return value if value.dim() == 4 and value.shape[:3] == images.shape[:3] else None
+        return value if value.dim() in (3, 4) and value.shape[:3] == images.shape[:3] else None
     if not isinstance(value, list) or any(v.shape[:2] != i.shape[:2] for v, i in zip(value, images, strict=True)):
         return None
-    channels = {v.shape[-1] for v in value}
+    channels = {v.shape[2:] for v in value}
     if len(channels) > 1:
+        numbers = sorted(shape[0] if shape else 1 for shape in channels)
         raise UserError(
-            f"the training images differ in their number of channels ({sorted(channels)} in '{key}'). Convert all of "
-            "them to RGB or all to RGBA."
+            f"the training images differ in their number of channels ({numbers} in '{key}'). Convert all of them to "
+            "RGB or all to RGBA."
         )
-    flat = torch.cat([v.reshape(-1, v.shape[-1]) for v in value])
+    flat = torch.cat([v.flatten(0, 1) for v in value])
     sizes = [v.shape[0] * v.shape[1] for v in value]
     image_batch[key] = [part.view(v.shape) for part, v in zip(flat.split(sizes), value, strict=True)]
     return flat

@@ -153,9 +153,9 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
         restarted = (info.is_outside | info.is_lowest).float().mean()
         if isinstance(applied, Tensor):
             moved = where(applied.to(device), moved, chains)
-            restarted = restarted * applied.to(device)
+            restarted = torch.where(applied.to(device), restarted, state.restarted)
         elif not applied:
-            moved, restarted = chains, torch.zeros_like(restarted)
+            moved, restarted = chains, state.restarted
         return LangevinState(concatenate(moved, others), domain.reserve, restarted)
 
 
