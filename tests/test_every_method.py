@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import nerfacc
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from nerfstudio.utils.external import TCNN_EXISTS
 from torch import Tensor, nn
 from virtual_device import DEVICE, VirtualDevice
 
+from nerfstudio_softmining.bench import run_page
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import langevin
@@ -297,6 +299,19 @@ def test_trains_with_the_pool_and_is_evaluated(data, name):
     assert all(output.is_floating_point() for output in outputs.values())  # or `ns-render dataset` cannot store them
     if "depth_fine" not in outputs:  # whose rays end outside of the scene's box so early
         assert outputs["importance"].max() > 0
+
+
+@pytest.mark.parametrize("name", ["depth-nerfacto", "vanilla-nerf"])
+def test_the_report_shows_the_truth_beside_the_finest_render(data, name):
+    training = Training(data, f"softmining-{name}", "mixture")
+    training.step()
+    training.pipeline.eval()
+    (view,) = run_page._render(training.pipeline, 1, name)
+    _, batch = training.manager.fixed_indices_eval_dataloader.get_camera(0)
+    assert view.truth.shape == view.render.shape == batch["image"].shape
+    np.testing.assert_allclose(view.truth, batch["image"].numpy(), atol=1e-6)
+    expected = -10 * np.log10(np.square(view.render - view.truth).mean())
+    assert view.psnr == pytest.approx(expected, abs=0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if "neus" not in name])  # whose second derivatives end it

@@ -153,8 +153,11 @@ def _render(pipeline: Any, max_views: int, name: str) -> Iterator[View]:
         camera, batch = manager.fixed_indices_eval_dataloader.get_camera(number)
         outputs = pipeline.model.get_outputs_for_camera(camera)
         metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
-        truth, render = np.split(images["img"].clamp(0, 1).cpu().numpy(), 2, axis=1)
-        yield View(number, truth, render, float(metrics["psnr"]), float(metrics["ssim"]))
+        # the truth is the first and the finest render the last of the pictures side by side
+        pictures = images["img"].clamp(0, 1).cpu().numpy()
+        truth, *_, render = np.split(pictures, pictures.shape[1] // int(camera.width), axis=1)
+        ssim = metrics["ssim" if "ssim" in metrics else "fine_ssim"]
+        yield View(number, truth, render, float(metrics["psnr"]), float(ssim))
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -121,5 +121,6 @@ def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = No
         if picture is not None and not picture.exists():
             write_bytes(255 * images["img"].clamp(0, 1).cpu().numpy(), picture)
     pipeline.train()
-    means = {key: float(np.mean([row.get(key, math.nan) for row in rows])) for key in METRICS}
+    # models of a coarse and a fine stage have metrics of each
+    means = {key: float(np.mean([row.get(key, row.get(f"fine_{key}", math.nan)) for row in rows])) for key in METRICS}
     return {key: None if math.isnan(value) else round(value, 4) for key, value in means.items()}
