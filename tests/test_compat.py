@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import types
 import urllib.error
 
 import numpy as np
@@ -75,3 +77,14 @@ def test_adam_steps_fused_or_not():
     parameter.sum().backward()
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.9))
+
+
+def test_a_model_that_has_imported_lpips_before_gets_ours_too(monkeypatch):
+    from torchmetrics.image import lpip
+
+    theirs = types.ModuleType("somebodys_model")
+    theirs.LearnedPerceptualImagePatchSimilarity = original = lpip.LearnedPerceptualImagePatchSimilarity
+    monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
+    with compat.lazy_lpips():
+        assert isinstance(theirs.LearnedPerceptualImagePatchSimilarity("alex", normalize=True), compat.Lpips)
+    assert theirs.LearnedPerceptualImagePatchSimilarity is lpip.LearnedPerceptualImagePatchSimilarity is original

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from captures import write_capture
 from nerfstudio.configs.method_configs import all_methods
-from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManagerConfig
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.blender_dataparser import BlenderDataParserConfig
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
@@ -34,8 +34,9 @@ from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.mining import langevin
 from nerfstudio_softmining.plugin import compat, methods
+from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
 from nerfstudio_softmining.plugin.model import SoftMiningConfig, SoftMiningMixin
-from nerfstudio_softmining.plugin.models import SoftMiningDepthNerfactoModelConfig
+from nerfstudio_softmining.plugin.models import SoftMiningDepthNerfactoModelConfig, SoftMiningVanillaNeRFModelConfig
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.plugin.soft_mined import soft_mined
 from nerfstudio_softmining.plugin.tensor_encoding import make_differentiable
@@ -367,6 +368,21 @@ def test_there_is_a_method_for_each_of_nerfstudios_that_are_listed():
         for setting, value in vars(method.pipeline.model).items():
             if setting in own and setting not in ("_target", "implementation"):
                 assert value == own[setting], (name, setting)
+
+
+def test_a_datamanager_of_another_kind_is_named_and_one_can_be_given():
+    class Theirs(VanillaDataManager):
+        pass
+
+    class Ours(SoftMiningDataManager):
+        pass
+
+    method = deepcopy(all_methods["vanilla-nerf"])
+    method.pipeline.datamanager._target = Theirs
+    with pytest.raises(UserError, match="vanilla-nerf has a datamanager of its own, Theirs"):
+        soft_mined(method, SoftMiningVanillaNeRFModelConfig)
+    config = soft_mined(method, SoftMiningVanillaNeRFModelConfig, datamanager=Ours)
+    assert config.pipeline.datamanager._target is Ours and method.pipeline.datamanager._target is Theirs
 
 
 def test_methods_that_render_whole_images_are_refused():

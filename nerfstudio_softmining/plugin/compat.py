@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -121,8 +122,8 @@ class Lpips:
     _metric: torch.nn.Module | None = None
     _warned = False
 
-    def __init__(self, **options: Any) -> None:
-        self._options = options
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._arguments, self._options = arguments, options
 
     def __call__(self, prediction: Tensor, truth: Tensor) -> Tensor:
         if not Lpips._warned and Lpips._metric is None:
@@ -138,7 +139,7 @@ class Lpips:
         socket.setdefaulttimeout(10.0)  # a firewall may swallow the request
         try:
             with fork_random_state():  # building draws weights
-                return LearnedPerceptualImagePatchSimilarity(**self._options)
+                return LearnedPerceptualImagePatchSimilarity(*self._arguments, **self._options)
         except (OSError, RuntimeError) as error:
             Lpips._warned = True
             CONSOLE.print(
@@ -152,15 +153,18 @@ class Lpips:
 
 @contextlib.contextmanager
 def lazy_lpips() -> Iterator[None]:
-    """Within this, models that build LPIPS get [Lpips][] instead."""
-    from torchmetrics.image import lpip
+    """Within this, models that build LPIPS get [Lpips][] instead, wherever they have imported it."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as original
 
-    original = lpip.LearnedPerceptualImagePatchSimilarity
-    lpip.LearnedPerceptualImagePatchSimilarity = Lpips  # type: ignore[misc]
+    name = original.__name__
+    modules = [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is original]
+    for module in modules:
+        setattr(module, name, Lpips)
     try:
         yield
     finally:
-        lpip.LearnedPerceptualImagePatchSimilarity = original  # type: ignore[misc]
+        for module in modules:
+            setattr(module, name, original)
 
 
 @contextlib.contextmanager

@@ -224,9 +224,9 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
     def _importance(self, indices: Tensor) -> Tensor:
         """Evaluate Q of given pixels [rays, 3] with the model as it is."""
         parts = indices.split(self._chunk_size)
-        return torch.cat([self._model_importance(*self._rays_at(part)) for part in parts])
+        return torch.cat([self._model_importance(*self.rays_at(part)) for part in parts])
 
-    def _rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
+    def rays_at(self, indices: Tensor) -> tuple[RayBundle, dict]:
         """Return the rays of given pixels [rays, 3], and what they should show."""
         assert isinstance(self.train_pixel_sampler, MiningPixelSampler)
         return self.train_ray_generator.mined(indices), self.train_pixel_sampler.batch_at(indices)

@@ -89,8 +89,8 @@ class SoftMiningMixin(Model):
         if not samplers:
             raise UserError(
                 f"{type(self).__name__} cannot be soft mined: it has no ray sampler of nerfstudio among its modules. "
-                "Soft mining chooses single rays. Methods that render whole images, such as Gaussian splatting, have "
-                "none."
+                "Methods that render whole images, such as Gaussian splatting, choose no rays. Methods that choose the "
+                "samples of a ray themselves have to draw them by a nerfstudio Sampler (docs/own_method.md)."
             )
         return samplers[-1]
 
@@ -101,6 +101,11 @@ class SoftMiningMixin(Model):
             UserError: if that is of another kind.
         """
         own = getattr(self, "rgb_loss", None)
+        if own is None:
+            raise UserError(
+                f"{type(self).__name__} cannot be soft mined: it has no rgb_loss. Set self.rgb_loss = MSELoss() in "
+                "populate_modules, and compute the reconstruction loss by self.rgb_loss(truth, prediction)."
+            )
         if not isinstance(own, (nn.MSELoss, nn.L1Loss)) or own.reduction != "mean":
             raise UserError(
                 f"{type(self).__name__} cannot be soft mined: its rgb_loss is {own!r}. Soft mining weights the error "
@@ -187,7 +192,7 @@ class SoftMiningMixin(Model):
     def get_image_metrics_and_images(self, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Compute the model's own metrics; LPIPS is left out where its weights are missing."""
         metrics, images = super().get_image_metrics_and_images(outputs, batch)
-        for name in [name for name in metrics if name.endswith("lpips") and math.isnan(metrics[name])]:
+        for name in [name for name in metrics if "lpips" in name and math.isnan(metrics[name])]:
             del metrics[name]
         return metrics, images
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from copy import deepcopy
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
+from nerfstudio.data.datamanagers.parallel_datamanager import ParallelDataManager
 from nerfstudio.data.datasets.sdf_dataset import SDFDataset
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.trainer import TrainerConfig
@@ -24,7 +26,11 @@ OWN = {"_target", "pixel_sampler", "images_on_gpu", "masks_on_gpu"}
 
 
 def soft_mined(
-    method: TrainerConfig, model: type[SoftMiningConfig], name: str | None = None, **settings: Any
+    method: TrainerConfig,
+    model: type[SoftMiningConfig],
+    name: str | None = None,
+    datamanager: type[SoftMiningDataManager] | None = None,
+    **settings: Any,
 ) -> TrainerConfig:
     """Return a method that trains as another does, on pixels that soft mining chooses.
 
@@ -36,10 +42,11 @@ def soft_mined(
         method: settings of the other method, which stay as they are.
         model: settings of its model, soft mined.
         name: name of the new method; softmining- and the other's if None.
+        datamanager: its datamanager, where the other method has one of its own.
         settings: settings of the model that differ.
 
     Raises:
-        UserError: if the method trains on whole images.
+        UserError: if the method trains on whole images, or has a datamanager of its own and none is given.
     """
     config = deepcopy(method)
     theirs: Any = config.pipeline.datamanager
@@ -52,9 +59,7 @@ def soft_mined(
         config.pipeline._target = RayMarchingPipeline
     config.method_name = name or f"softmining-{method.method_name}"
     config.pipeline.datamanager = SoftMiningDataManagerConfig(**_shared(theirs, SoftMiningDataManagerConfig))
-    for dataset in get_args(theirs._target):
-        dataset = SurfaceDataset if dataset is SDFDataset else dataset
-        config.pipeline.datamanager._target = SoftMiningDataManager[dataset]
+    config.pipeline.datamanager._target = datamanager or _datamanager(str(method.method_name), theirs._target)
     shared: dict[str, Any] = _shared(config.pipeline.model, model)
     if hasattr(model, "implementation"):
         shared["implementation"] = compat.implementation()
@@ -66,6 +71,19 @@ def soft_mined(
     config.machine = dataclasses.replace(config.machine, device_type=compat.device_type())
     config.vis = "viewer+tensorboard"
     return config
+
+
+def _datamanager(method: str, theirs: Any) -> Any:
+    """Return the datamanager in place of one of nerfstudio's, with the same data set."""
+    origin = get_origin(theirs) or theirs
+    if origin not in (VanillaDataManager, ParallelDataManager):
+        raise UserError(
+            f"{method} has a datamanager of its own, {origin.__name__}. Derive one that does the same from "
+            "SoftMiningDataManager, and give it to soft_mined as `datamanager`."
+        )
+    for dataset in get_args(theirs):
+        return SoftMiningDataManager[SurfaceDataset if dataset is SDFDataset else dataset]
+    return SoftMiningDataManager
 
 
 def _shared(theirs: Any, ours: type) -> dict[str, Any]:
