@@ -47,17 +47,15 @@ SAMPLES = {"num_coarse_samples": 16, "num_importance_samples": 16}
 NEUS = {"num_samples": 16, "num_samples_importance": 16, "num_samples_outside": 8}
 SMALL = {
     "nerfacto-big": GRIDS,
-    "nerfacto-huge": GRIDS | {"hidden_dim": 32, "num_proposal_samples_per_ray": (32, 16)},
     "depth-nerfacto": GRIDS,
     "vanilla-nerf": SAMPLES,
     "mipnerf": SAMPLES,
     "tensorf": {"init_resolution": 16, "final_resolution": 32, "upsampling_iters": (100, 200)},
     "instant-ngp": {"log2_hashmap_size": 10, "max_res": 64, "grid_resolution": 16, "background_color": "black"},
-    "instant-ngp-bounded": {"log2_hashmap_size": 10, "max_res": 64, "grid_resolution": 16},
     "neus": NEUS,
     "neus-facto": {"num_neus_samples_per_ray": 16, "num_proposal_samples_per_ray": (32, 16)},
 }
-"""Settings under which each method is small."""
+"""Settings under which each method is small. nerfacto-huge and instant-ngp-bounded have the models of others."""
 METHODS = pytest.mark.parametrize("name", SMALL)
 STOCK_NEEDS_TCNN = {"neus", "neus-facto"}
 
