@@ -1,4 +1,4 @@
-"""Several processes that train together: what they tell each other about the rays of a step, and in checkpoints."""
+"""Several processes that train together: what they share of the rays of a step, and in checkpoints."""
 
 from __future__ import annotations
 
