@@ -90,7 +90,7 @@ def march(grid, rays_o: Tensor, rays_d: Tensor, *, near_plane: float, stratified
     cell = ((places - low) / (high - low) * grid.resolution).long()
     inside = ((cell >= 0) & (cell < grid.resolution)).all(dim=-1)
     x, y, z = (cell.clamp_min(0).minimum(grid.resolution.long() - 1)).unbind(-1)
-    ray, sample = (inside & (grid.binaries[0, x, y, z] | (not grid.binaries.any()))).nonzero(as_tuple=True)
+    ray, sample = (inside & (grid.binaries[0, x, y, z] | ~grid.binaries.any())).nonzero(as_tuple=True)
     return ray, edges[ray, sample], edges[ray, sample + 1]
 
 
