@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import nerfacc
@@ -436,10 +438,19 @@ def test_a_loss_of_pairs_of_rays_is_refused():
         SoftMiningDepthNerfactoModelConfig(depth_loss_type=DepthLossType.SPARSENERF_RANKING)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "has_gpu, kernels, reason",
+    [
+        (False, None, "there is no CUDA GPU"),
+        (True, SimpleNamespace(_C=None), "no CUDA toolkit"),
+        (True, None, "cannot build them"),  # importing None fails
+    ],
+)
 @pytest.mark.parametrize("name", ["instant-ngp", "instant-ngp-bounded"])
-def test_instant_ngp_says_what_it_needs_before_it_looks_for_data(name, tmp_path):
+def test_instant_ngp_says_what_it_needs_before_it_looks_for_data(name, has_gpu, kernels, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setitem(sys.modules, "nerfacc.cuda._backend", kernels)
     config = deepcopy(all_methods[f"softmining-{name}"]).pipeline
     config.datamanager.data = tmp_path / "nothing"
-    with pytest.raises(UserError, match="nerfacc's CUDA kernels.*softmining-nerfacto"):
+    with pytest.raises(UserError, match=f"nerfacc's CUDA kernels.*{reason}.*softmining-nerfacto"):
         config.setup(device="cpu")

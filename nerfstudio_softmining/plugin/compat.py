@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import socket
 import sys
@@ -195,11 +196,12 @@ def require_ray_marching() -> None:
     if not torch.cuda.is_available():
         reason = "there is no CUDA GPU here"
     else:
-        from nerfacc.cuda import _backend
-
-        if _backend._C is not None:
-            return
-        reason = "nerfacc has not built them, as it found no CUDA toolkit (nvcc)"
+        try:
+            if importlib.import_module("nerfacc.cuda._backend")._C is not None:
+                return
+            reason = "nerfacc has not built them, as it found no CUDA toolkit (nvcc)"
+        except Exception as error:  # it builds them at its import, which may fail in any way
+            reason = f"nerfacc cannot build them ({error!r})"
     raise UserError(
         f"instant-ngp marches along rays by nerfacc's CUDA kernels, and {reason}. Train softmining-nerfacto, or "
         "softmining-nerfacto-lite without a GPU."

@@ -97,9 +97,8 @@ class MiningPanel:
                 self.picture = gui.add_plotly(_figure())
                 self.caption = gui.add_markdown("")
             with gui.add_folder("Quality"):
-                self.curves = [
-                    gui.add_plotly(_figure(), aspect=0.5) for _ in CURVES
-                ]  # height / width, whatever viser says
+                # aspect is height / width, whatever viser says
+                self.curves = [gui.add_plotly(_figure(), aspect=0.5) for _ in CURVES]
                 self.worst = gui.add_markdown("")
                 self.coloured = gui.add_checkbox(
                     "Errors at cameras", False, hint="Colour training cameras by the error of their rays."
