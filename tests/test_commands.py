@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import METHOD, assert_same, flat
 
 from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view, write_scene
 from nerfstudio_softmining.plugin import compat
 
-METHOD = "softmining-nerfacto-lite-blender"
 HAS_OPEN3D = subprocess.run([sys.executable, "-c", "import open3d"], capture_output=True).returncode == 0
 STEPS = 12
 
@@ -69,17 +69,6 @@ def train(
 def checkpoint(folder: Path, name: str, method: str = METHOD) -> dict:
     (path,) = (folder / name / method / "run" / "nerfstudio_models").glob("*.ckpt")
     return torch.load(path, weights_only=False)
-
-
-def flat(value: object, prefix: str = "") -> dict[str, object]:
-    """Everything in nested containers, by its path."""
-    if isinstance(value, dict):
-        parts = value.items()
-    elif isinstance(value, list | tuple):
-        parts = enumerate(value)
-    else:
-        return {prefix: value}
-    return {path: leaf for key, part in parts for path, leaf in flat(part, f"{prefix}/{key}").items()}
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +124,9 @@ def test_resuming_goes_on_bit_for_bit(config, runs, scene):
     train(runs, scene, "half", STEPS // 2, "--decay-steps", STEPS)
     first = runs / "half" / METHOD / "run" / "nerfstudio_models"
     train(runs, scene, "resumed", STEPS // 2, "--load-dir", first, "--decay-steps", STEPS)
-    whole, resumed = flat(checkpoint(runs, "whole")), flat(checkpoint(runs, "resumed"))
-    assert whole.keys() == resumed.keys()
-    assert any("by_image" in path for path in whole)
-    for path, value in whole.items():
-        if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(value, resumed[path], rtol=0, atol=0, equal_nan=True, msg=path)
-        else:
-            assert value == resumed[path], path
+    whole, resumed = checkpoint(runs, "whole"), checkpoint(runs, "resumed")
+    assert any("by_image" in path for path in flat(whole))
+    assert_same(whole, resumed)
 
 
 @pytest.mark.skipif(

@@ -86,10 +86,10 @@ def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
         trainer: Trainer = config.setup(local_rank=0, world_size=1)
         try:
             trainer.setup(test_mode="test")
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        except (UserError, RuntimeError, EOFError, OSError, pickle.UnpicklingError):
             if config.load_dir is None:
                 raise
-            shutil.rmtree(checkpoints)  # the process was killed while it wrote one
+            shutil.rmtree(checkpoints)  # nerfstudio's own trainer was killed while it wrote one
             return _set_up(config, checkpoints)
     return trainer
 

@@ -37,10 +37,15 @@ def allow_numpy_scalars_in_checkpoints() -> None:
 
     Can go when nerfstudio's three `torch.load` calls say `weights_only=False` (nerfstudio#3683).
     """
-    if not hasattr(torch.serialization, "add_safe_globals"):  # torch before 2.4, which loads anything
+    if not loads_safely():
         return
     rebuild_scalar: Any = np.float64(0).__reduce__()[0]  # its module is private, and moved with numpy 2
     torch.serialization.add_safe_globals([rebuild_scalar, np.dtype, type(np.dtype(np.float64))])
+
+
+def loads_safely() -> bool:
+    """Return whether torch reads checkpoints without running code in them, numpy scalars included: since 2.4."""
+    return hasattr(torch.serialization, "add_safe_globals")
 
 
 def implementation() -> Literal["tcnn", "torch"]:

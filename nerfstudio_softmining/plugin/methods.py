@@ -32,6 +32,7 @@ from nerfstudio_softmining.plugin.models import (
 )
 from nerfstudio_softmining.plugin.optimizer import FusedAdamOptimizerConfig
 from nerfstudio_softmining.plugin.soft_mined import soft_mined
+from nerfstudio_softmining.plugin.trainer import SoftMiningTrainer
 
 EXACT_CAMERAS = {"camera_optimizer": CameraOptimizerConfig(mode="off"), "use_appearance_embedding": False}
 """Cameras and exposures as they are. The paper's two data sets have exact ones; a short training cannot mend them."""
@@ -125,6 +126,7 @@ def _nerfacto(
         "implementation": compat.implementation(),
     }
     return trainer(
+        _target=SoftMiningTrainer,
         method_name=name,
         steps_per_eval_batch=500,
         steps_per_save=2000,

@@ -12,10 +12,11 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.ray_samplers import ProposalNetworkSampler, Sampler, VolumetricSampler
 from nerfstudio.models.base_model import Model
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 
 from nerfstudio_softmining.errors import UserError, naming_flags
-from nerfstudio_softmining.plugin import compat, viewer
+from nerfstudio_softmining.plugin import checkpoints, compat, viewer
 from nerfstudio_softmining.plugin.contraction import quicken_contractions
 from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
 from nerfstudio_softmining.plugin.error_grid import ErrorGrid
@@ -229,6 +230,20 @@ class SoftMiningMixin(Model):
         if isinstance(sampler, ProposalNetworkSampler):
             state |= {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
         return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load the parameters of a checkpoint. Those of single images start anew where the data set has others.
+
+        Raises:
+            UserError: if the checkpoint is of another model.
+        """
+        fitted, anew = checkpoints.fitted_parameters(self, state_dict, self.num_train_data)
+        if anew and strict:  # nerfstudio tries once more where the checkpoint lacks something else
+            CONSOLE.print(
+                f"[yellow]The checkpoint is of another number of training images than {self.num_train_data}. What it "
+                f"has for each of them starts anew: {', '.join(anew)}.[/yellow]"
+            )
+        return super().load_state_dict(fitted, strict, assign)
 
     def set_extra_state(self, state: dict) -> None:
         """Continue from a checkpoint.

@@ -202,15 +202,23 @@ class MiningPixelSampler(PixelSampler):
         """Return what a checkpoint keeps: the sampler's state and the source of its randomness."""
         if self._saved is not None or self._run is None or self._generator is None:
             return self._saved or {}
-        return {"kind": self.config.kind, "run": self._run.state_dict(), "generator": self._generator.get_state()}
+        return {
+            "kind": self.config.kind,
+            "num_images": self._num_images,
+            "run": self._run.state_dict(),
+            "generator": self._generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a checkpoint at the next batch. Leave the state of another kind, with a warning."""
+        """Continue from a checkpoint at the next batch. Start anew, with a warning, where it is of something else."""
         self._saved = state or None
+        reason = None
         if state and state["kind"] != self.config.kind:
-            CONSOLE.print(
-                f"[yellow]The checkpoint is of {FLAG}.kind {state['kind']}: {self.config.kind} starts anew.[/yellow]"
-            )
+            reason = f"of {FLAG}.kind {state['kind']}"
+        elif state and self._num_images not in (None, state["num_images"]):
+            reason = f"of {state['num_images']} training images, and there are {self._num_images}"
+        if reason is not None:
+            CONSOLE.print(f"[yellow]The checkpoint is {reason}: the sampler {self.config.kind} starts anew.[/yellow]")
             self._saved = None
 
     @property

@@ -10,7 +10,7 @@ from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager
 from nerfstudio.data.datamanagers.parallel_datamanager import ParallelDataManager
 from nerfstudio.data.datasets.sdf_dataset import SDFDataset
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
-from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.pipelines.dynamic_batch import DynamicBatchPipeline
 
 from nerfstudio_softmining.errors import UserError
@@ -20,6 +20,7 @@ from nerfstudio_softmining.plugin.dataset import SurfaceDataset
 from nerfstudio_softmining.plugin.model import SoftMiningConfig
 from nerfstudio_softmining.plugin.optimizer import FusedAdamOptimizerConfig
 from nerfstudio_softmining.plugin.pipelines import RayMarchingPipeline
+from nerfstudio_softmining.plugin.trainer import SoftMiningTrainer
 
 OWN = {"_target", "pixel_sampler", "images_on_gpu", "masks_on_gpu"}
 """Settings of soft mining that the other method has otherwise: what they set up, the sampler, where images are."""
@@ -49,6 +50,8 @@ def soft_mined(
         UserError: if the method trains on whole images, or has a datamanager of its own and none is given.
     """
     config = deepcopy(method)
+    if config._target is Trainer:
+        config._target = SoftMiningTrainer
     theirs: Any = config.pipeline.datamanager
     if not hasattr(theirs, "train_num_rays_per_batch"):
         raise UserError(
