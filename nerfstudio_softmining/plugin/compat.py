@@ -38,15 +38,19 @@ def prepare(device: torch.device | str) -> None:
         prepare_cpu()
 
 
-def allow_numpy_scalars_in_checkpoints() -> None:
+def allow_numpy_scalars_in_checkpoints() -> bool:
     """Let torch >= 2.6 load nerfstudio's checkpoints, whose learning rates are numpy scalars.
+
+    Returns:
+        Whether `weights_only=True` loads them now, which runs no code of theirs. torch before 2.4 cannot.
 
     Can go when nerfstudio's three `torch.load` calls say `weights_only=False` (nerfstudio#3683).
     """
     if not hasattr(torch.serialization, "add_safe_globals"):  # torch before 2.4, which loads anything
-        return
+        return False
     rebuild_scalar: Any = np.float64(0).__reduce__()[0]  # its module is private, and moved with numpy 2
     torch.serialization.add_safe_globals([rebuild_scalar, np.dtype, type(np.dtype(np.float64))])
+    return True
 
 
 def implementation() -> Literal["tcnn", "torch"]:
