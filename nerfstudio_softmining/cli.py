@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from nerfstudio_softmining.images.config import FitConfig
+from nerfstudio_softmining.paths import file_name
 
 
 def demo(output: Path = Path("softmining_demo"), iterations: int = 500, seed: int = 42) -> int:
@@ -71,7 +72,7 @@ def bench(
         "image_scale": image_scale,
         "set": set,
     }
-    return 0 if run_bench(preset, data, output or Path("outputs/bench") / preset.stem, changes) else 1
+    return 0 if run_bench(preset, data, output or Path("outputs/bench") / file_name(preset.stem), changes) else 1
 
 
 def image(
@@ -100,7 +101,7 @@ def image(
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from nerfstudio_softmining.images.image import run_image
 
-    return run_image(photo, output or Path("outputs/image") / photo.stem, samplers, seeds, at, config)
+    return run_image(photo, output or Path("outputs/image") / file_name(photo.stem), samplers, seeds, at, config)
 
 
 def render(
@@ -129,6 +130,8 @@ def report(
     views: int = 8,
 ) -> int:
     """Show finished trainings on one web page: settings, curves, and held-out views beside the truth.
+
+    Give it runs that you trust only: nerfstudio loads a run's config.yml in a way that can run any code.
 
     Args:
         runs: Folders of runs, which ns-train has left: outputs/SCENE/METHOD/TIME.

@@ -1,4 +1,4 @@
-"""Small captures in nerfstudio's format, written by tests."""
+"""Small captures in nerfstudio's format, written by tests, and a few steps of training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from PIL import Image
 
 SIZES = ((24, 32), (20, 28), (32, 24), (18, 22), (24, 32))
 """Height and width of images that differ."""
+STEPS = 3
+"""Steps of a training."""
 
 
 def write_capture(
@@ -51,3 +56,24 @@ def write_capture(
     listing = folder / "transforms.json"
     listing.write_text(json.dumps({"camera_model": "OPENCV", **meta, "frames": frames}))
     return folder
+
+
+def train(pipeline: VanillaPipeline) -> list[dict[str, torch.Tensor]]:
+    """Train as nerfstudio's trainer does, and return the losses of each step."""
+    parameters = [parameter for group in pipeline.get_param_groups().values() for parameter in group]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    scaler = torch.cuda.amp.GradScaler(enabled=False)
+    callbacks = pipeline.get_training_callbacks(TrainingCallbackAttributes(None, scaler, pipeline, None))
+    found = []
+    for step in range(STEPS):
+        pipeline.train()
+        optimizer.zero_grad()
+        for callback in callbacks:
+            callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+        _, losses, _ = pipeline.get_train_loss_dict(step)
+        sum(losses.values()).backward()
+        optimizer.step()
+        for callback in callbacks:
+            callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+        found.append(losses)
+    return found

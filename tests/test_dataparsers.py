@@ -12,18 +12,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from captures import SIZES, write_capture
+from captures import SIZES, STEPS, train, write_capture
 from nerfstudio.cameras.cameras import CameraType
 from nerfstudio.configs.dataparser_configs import all_dataparsers
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.utils import colmap_parsing_utils as colmap
-from nerfstudio.engine.callbacks import TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from numpy.typing import NDArray
 
 from nerfstudio_softmining.demo.scene import write_scene
 
-COUNT, RAYS, STEPS = 10, 64, 3
+COUNT, RAYS = 10, 64
 SMALL = {
     "nerfacto-lite": {"log2_hashmap_size": 10},
     "neus-facto": {
@@ -232,27 +231,6 @@ def sitcoms3d_data(folder: Path) -> int:
     write_json(folder / "cameras.json", {"frames": frames, "bbox": [[-2.0, -2.0, 2.0], [2.0, 2.0, -2.0]]})
     write_json(folder / "panoptic_classes.json", {"thing": ["person"], "thing_colors": [[255, 0, 0]]})
     return COUNT
-
-
-def train(pipeline: VanillaPipeline) -> list[dict[str, torch.Tensor]]:
-    """Train as nerfstudio's trainer does, and return the losses of each step."""
-    parameters = [parameter for group in pipeline.get_param_groups().values() for parameter in group]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3)
-    scaler = torch.cuda.amp.GradScaler(enabled=False)
-    callbacks = pipeline.get_training_callbacks(TrainingCallbackAttributes(None, scaler, pipeline, None))
-    found = []
-    for step in range(STEPS):
-        pipeline.train()
-        optimizer.zero_grad()
-        for callback in callbacks:
-            callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
-        _, losses, _ = pipeline.get_train_loss_dict(step)
-        sum(losses.values()).backward()
-        optimizer.step()
-        for callback in callbacks:
-            callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
-        found.append(losses)
-    return found
 
 
 def distance_of_the_seen_point(poses: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from nerfstudio_softmining.bench.results import Results, check_flags, make_progr
 from nerfstudio_softmining.bench.step_time import run_step_time
 from nerfstudio_softmining.bench.training import Run, train
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.paths import file_name
 from nerfstudio_softmining.plugin import compat
 
 
@@ -64,8 +65,8 @@ def run_bench(
                 results.add(scene.title, sampler, seed, {"method": scene.method, **entry})
                 progress.update(task, description=f"{name}: {entry['psnr']:.2f} dB at {entry['iteration']}")
 
-            is_pictured = seed == preset.seeds[0]
-            pictures = output / "pictures" / scene.title.replace("/", "_") / sampler if is_pictured else None
+            is_first = seed == preset.seeds[0]
+            pictures = output / "pictures" / file_name(scene.title) / file_name(sampler) if is_first else None
             config = trainer_config(scene, sampler, seed, data, output / "runs")
             config.max_num_iterations = last  # over which learning rates may fall
             prepare(config)

@@ -6,7 +6,8 @@ import dataclasses
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from nerfstudio.configs.dataparser_configs import all_dataparsers
@@ -16,6 +17,7 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.trainer import TrainerConfig
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.paths import file_name
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.samplers import registry
 from nerfstudio_softmining.settings import apply
@@ -92,7 +94,10 @@ def read(path: Path) -> Preset:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         scenes = tuple(Scene(**_tuples(scene)) for scene in values.pop("scenes"))
-        return Preset(scenes=scenes, folder=path.parent, **_tuples(values))
+        preset = Preset(scenes=scenes, folder=path.parent, **_tuples(values))
+        for part in (preset, *scenes):
+            _check_types(part)
+        return preset
     except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         keys = ", ".join(field.name for field in dataclasses.fields(Preset) if field.name != "folder")
         raise UserError(f"{path} is not a preset ({error}). It has the keys {keys}; see configs/lite.yaml.") from error
@@ -100,6 +105,25 @@ def read(path: Path) -> Preset:
 
 def _tuples(values: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _check_types(part: Preset | Scene) -> None:
+    """Check that values are of the types of their fields, as a seed that is text could lead to another folder.
+
+    Raises:
+        TypeError: naming the first that is not.
+    """
+    for name, hint in get_type_hints(type(part)).items():
+        if not _fits(getattr(part, name), hint):
+            raise TypeError(f"{name} is {getattr(part, name)!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, kind) for kind in get_args(hint))
+    return isinstance(value, (int, float) if hint is float else hint) and isinstance(value, bool) <= (hint is bool)
 
 
 def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Path) -> TrainerConfig:
@@ -143,8 +167,8 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
         manager.dataparser = deepcopy(cast(Any, all_methods[scene.method]).pipeline.datamanager.dataparser)
     config.data = manager.data = data / scene.path
     manager.camera_res_scale_factor = scene.image_scale
-    config.output_dir = output / scene.title.replace("/", "_")
-    config.experiment_name, config.timestamp = sampler, str(seed)
+    config.output_dir = output / file_name(scene.title)
+    config.experiment_name, config.timestamp = file_name(sampler), str(seed)
     config.machine.seed, config.machine.device_type = seed, compat.device_type()
     config.vis = "viewer+tensorboard" if has_viewer else "tensorboard"
     for setting in (*scene.set, *sampler_settings):

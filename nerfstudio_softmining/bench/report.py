@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -17,8 +19,10 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nerfstudio_softmining.bench.preset import Preset
+from nerfstudio_softmining.paths import file_name
 
 BASELINE = "uniform"
 """Sampler that the others are compared with."""
@@ -41,11 +45,18 @@ def to_frame(runs: Sequence[dict]) -> pd.DataFrame:
     return frame
 
 
+@contextlib.contextmanager
+def markdown_file(path: Path) -> Iterator[Console]:
+    """Yield a console that writes a file of Markdown, in which names are text: neither rich's markup nor HTML."""
+    with io.StringIO() as text:
+        yield Console(file=text, width=REPORT_WIDTH, markup=False, emoji=False, highlight=False)
+        path.write_text(text.getvalue().replace("<", "&lt;"), encoding="utf-8")
+
+
 def write(preset: Preset, results: dict, output: Path) -> None:
     """Write report.md, and the plots and pictures that it shows."""
     runs = to_frame(results["runs"])
-    with (output / "report.md").open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=REPORT_WIDTH)
+    with markdown_file(output / "report.md") as console:
         console.print(f"# {preset.title}\n")
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         console.print(f"{results['device']}; {versions}. Mean ± standard deviation over the seeds.\n", soft_wrap=True)
@@ -53,7 +64,7 @@ def write(preset: Preset, results: dict, output: Path) -> None:
             console.print(f"\n## {scene}\n")
             for table in tables(preset.targets, scene_runs):
                 console.print(table)
-            name = str(scene).replace("/", "_")
+            name = file_name(str(scene))
             plot_convergence(scene_runs).savefig(output / f"{name}_convergence.png", dpi=150)
             plot_speed_up(preset.targets, scene_runs).savefig(output / f"{name}_speed_up.png", dpi=150)
             console.print(f"\n![PSNR against iterations and seconds]({name}_convergence.png)")
@@ -77,10 +88,10 @@ def write(preset: Preset, results: dict, output: Path) -> None:
 def print_summary(preset: Preset, results: dict, output: Path) -> None:
     """Print the tables of each scene, and where the report is."""
     for scene, scene_runs in to_frame(results["runs"]).groupby("scene", observed=True):
-        CONSOLE.rule(str(scene))
+        CONSOLE.rule(Text(str(scene)))
         for table in tables(preset.targets, scene_runs):
             CONSOLE.print(table)
-    CONSOLE.print(f"{output / 'report.md'} has all of it, with plots and pictures.", soft_wrap=True)
+    CONSOLE.print(f"{output / 'report.md'} has all of it, with plots and pictures.", soft_wrap=True, markup=False)
 
 
 def tables(targets: Sequence[float], runs: pd.DataFrame) -> list[Table]:
@@ -296,7 +307,7 @@ def plot_speed_up(targets: Sequence[float], runs: pd.DataFrame) -> Figure:
 
 def plot_pictures(runs: pd.DataFrame, folder: Path) -> Figure | None:
     """Plot renders of one held-out view and their errors, a row for each sampler (figures 1 and 5)."""
-    samplers = [sampler for sampler in runs["sampler"].unique() if (folder / sampler).is_dir()]
+    samplers = [sampler for sampler in runs["sampler"].unique() if (folder / file_name(sampler)).is_dir()]
     steps = sorted(runs["iteration"].unique())
     if not samplers:
         return None
@@ -310,7 +321,7 @@ def plot_pictures(runs: pd.DataFrame, folder: Path) -> Figure | None:
     for row, sampler in zip(grid, samplers, strict=True):
         row[0].set_ylabel(sampler, fontsize="small")
         for axes, error_axes, step in zip(row[::2], row[1::2], steps, strict=True):
-            picture = cv2.imread(str(folder / sampler / f"{step}.png"))
+            picture = cv2.imread(str(folder / file_name(sampler) / f"{step}.png"))
             if picture is not None:
                 truth, render = np.split(picture[..., ::-1] / 255.0, 2, axis=1)
                 axes.imshow(render)
@@ -332,10 +343,11 @@ def mean_and_spread(values: Iterable[float | None], digits: int = 2) -> str:
 
 def make_table(title: str, cells: pd.DataFrame) -> Table:
     """Return a table in Markdown whose first column is the index of the cells."""
-    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
-    table.add_column(str(cells.index.name))
+    # texts, as names may have brackets, which rich would take for markup
+    table = Table(title=Text(title), box=box.MARKDOWN, title_justify="left")
+    table.add_column(Text(str(cells.index.name)))
     for heading in cells:
-        table.add_column(str(heading), justify="right")
+        table.add_column(Text(str(heading)), justify="right")
     for row in cells.itertuples():
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     return table

@@ -96,7 +96,7 @@ def device_name(device: str | None = None) -> str:
 
 def make_progress(transient: bool = False) -> Progress:
     """Return progress bars with counts and remaining times, which disappear in the end if `transient`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=CONSOLE, transient=transient)
 
 

@@ -25,13 +25,14 @@ from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer
 from nerfstudio.scripts.train import _set_random_seed
 from nerfstudio.utils.rich_utils import CONSOLE
-from rich.console import Console
+from rich.text import Text
 from torch.profiler import ProfilerActivity, profile
 
 from nerfstudio_softmining.bench.preset import Preset, Scene, trainer_config
-from nerfstudio_softmining.bench.report import REPORT_WIDTH, make_table
+from nerfstudio_softmining.bench.report import make_table, markdown_file
 from nerfstudio_softmining.bench.results import device_name, make_progress
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.paths import file_name
 from nerfstudio_softmining.plugin import compat
 
 STAGES = ("draw", "rays", "batch", "forward", "loss", "backward", "optimizers", "update")
@@ -81,15 +82,14 @@ def run_step_time(preset: Preset, data: Path, output: Path) -> bool:
             )
             content = {path: {name: asdict(cost) for name, cost in of.items()} for path, of in costs.items()}
             (output / "step_time.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    with (output / "report.md").open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=REPORT_WIDTH)
+    with markdown_file(output / "report.md") as console:
         console.print(f"# {preset.title}\n")
         console.print(f"{device_name()}; torch {torch.__version__}. Median over {preset.rounds - 1} rounds (range).\n")
         for path, of_scene in costs.items():
             if not of_scene:
                 continue
-            tables, name = make_tables(of_scene), path.replace("/", "_")
-            CONSOLE.rule(path)
+            tables, name = make_tables(of_scene), file_name(path)
+            CONSOLE.rule(Text(path))
             console.print(f"\n## {path}\n")
             for table in tables:
                 CONSOLE.print(table)
@@ -98,7 +98,7 @@ def run_step_time(preset: Preset, data: Path, output: Path) -> bool:
             console.print(f"\n![Stages of a step]({name}_stages.png)")
         for name, reason in failures.items():
             console.print(f"\n{name} failed: {reason}", soft_wrap=True)
-    CONSOLE.print(f"{output / 'report.md'} has all of it, with plots.", soft_wrap=True)
+    CONSOLE.print(f"{output / 'report.md'} has all of it, with plots.", soft_wrap=True, markup=False)
     return not failures
 
 

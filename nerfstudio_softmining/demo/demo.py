@@ -211,7 +211,8 @@ def next_rays(run: Path, images: list[Image8]) -> NDArray[np.int64]:
     """Draw the rays that the sampler would draw next, were training to go on.
 
     Args:
-        run: nerfstudio's folder of the demo's own run, whose last checkpoint is unpickled.
+        run: nerfstudio's folder of the demo's own run, whose last checkpoint is loaded. It can run code with torch
+            before 2.4 alone, which cannot load nerfstudio's checkpoints safely.
         images: Training images, each [height, width, 3].
 
     Returns:
@@ -219,10 +220,10 @@ def next_rays(run: Path, images: list[Image8]) -> NDArray[np.int64]:
     """
     import torch
 
+    from nerfstudio_softmining.plugin.checkpoints import read_newest
     from nerfstudio_softmining.plugin.pixel_sampler import MiningPixelSamplerConfig
 
-    checkpoint = max((run / "nerfstudio_models").glob("step-*.ckpt"))
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    _, state = read_newest(run / "nerfstudio_models")
     sampler = MiningPixelSamplerConfig(num_rays_per_batch=SHOWN_RAYS).setup()
     sampler.training = True
     sampler.load_state_dict(state["pipeline"]["datamanager._extra_state"]["sampler"])

@@ -27,6 +27,7 @@ from nerfstudio_softmining.images import report
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, Settings, fingerprint, load, load_field, make_settings, render, save
 from nerfstudio_softmining.images.photo import Photo, fit_within
+from nerfstudio_softmining.paths import file_name
 
 LIVE_PSNR_EVERY = 100
 """Iterations between two updates of the PSNR in the progress bar."""
@@ -112,7 +113,7 @@ def run_image(
     """
     check_flags(at, samplers=samplers, seeds=seeds)
     runs = [
-        Run(make_settings(sampler, seed, at[-1], config), at, output / "runs" / sampler / str(seed))
+        Run(make_settings(sampler, seed, at[-1], config), at, output / "runs" / file_name(sampler) / str(seed))
         for seed, sampler in product(seeds, samplers)
     ]
     photo = photos.read_for_training(path)

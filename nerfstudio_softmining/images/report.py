@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,9 @@ def write(photo: Photo, pictures: Sequence[Picture], results: dict, output: Path
     crops(photo, pictures).savefig(output / "crops.jpg", dpi=120, pil_kwargs={"quality": 90})
     maps(photo, pictures).savefig(output / "maps.jpg", dpi=120, pil_kwargs={"quality": 90})
     with (output / "report.md").open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=bench.REPORT_WIDTH)
+        console = Console(file=file, width=bench.REPORT_WIDTH, markup=False, emoji=False, highlight=False)
         height, width = photo.size
-        console.print(f"# {name}\n\n{height} x {width} pixels; {results['device']}.\n", soft_wrap=True, markup=False)
+        console.print(f"# {html.escape(name)}\n\n{height} x {width} pixels; {results['device']}.\n", soft_wrap=True)
         if results["runs"]:
             runs = bench.to_frame(results["runs"])
             for table in bench.tables((), runs):
@@ -66,7 +67,7 @@ def write(photo: Photo, pictures: Sequence[Picture], results: dict, output: Path
         console.print("\n## Pictures\n")
         for picture in pictures:
             path = picture.path.relative_to(output)
-            console.print(f"- {picture}, [{path}](<{path}>)", soft_wrap=True, markup=False)
+            console.print(f"- {html.escape(str(picture))}, [{path}](<{path}>)", soft_wrap=True)
         console.print("\n![Where reconstructions differ most](crops.jpg)\n\n![Errors and draws](maps.jpg)")
 
 

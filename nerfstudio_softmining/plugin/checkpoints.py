@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()  # torch does not compare the checksums
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=compat.loads_safely())
+        state = torch.load(path, map_location="cpu", weights_only=compat.allow_numpy_scalars_in_checkpoints())
     except Exception as error:  # torch raises almost anything
         reason = str(error).partition("\n")[0]
         raise UserError(

@@ -17,8 +17,14 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.external import TCNN_EXISTS
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
+from torchmetrics.functional import structural_similarity_index_measure as torchmetrics_ssim
 
 from nerfstudio_softmining.errors import UserError
+
+SSIM_SIDE = 11
+"""Least pixels of each side for SSIM, whose window is that large."""
+LPIPS_SIDE = 31
+"""Least pixels of each side that AlexNet, LPIPS' network, leaves anything of."""
 
 
 def prepare(device: torch.device | str) -> None:
@@ -32,20 +38,19 @@ def prepare(device: torch.device | str) -> None:
         prepare_cpu()
 
 
-def allow_numpy_scalars_in_checkpoints() -> None:
+def allow_numpy_scalars_in_checkpoints() -> bool:
     """Let torch >= 2.6 load nerfstudio's checkpoints, whose learning rates are numpy scalars.
+
+    Returns:
+        Whether `weights_only=True` loads them now, which runs no code of theirs. torch before 2.4 cannot.
 
     Can go when nerfstudio's three `torch.load` calls say `weights_only=False` (nerfstudio#3683).
     """
-    if not loads_safely():
-        return
+    if not hasattr(torch.serialization, "add_safe_globals"):  # torch before 2.4, which loads anything
+        return False
     rebuild_scalar: Any = np.float64(0).__reduce__()[0]  # its module is private, and moved with numpy 2
     torch.serialization.add_safe_globals([rebuild_scalar, np.dtype, type(np.dtype(np.float64))])
-
-
-def loads_safely() -> bool:
-    """Return whether torch reads checkpoints without running code in them, numpy scalars included: since 2.4."""
-    return hasattr(torch.serialization, "add_safe_globals")
+    return True
 
 
 def implementation() -> Literal["tcnn", "torch"]:
@@ -122,7 +127,8 @@ class Lpips:
     """LPIPS that is built at its first use and can be missing: its weights are downloaded.
 
     No `nn.Module`, so that its weights stay out of checkpoints. Where they cannot be had, this says so once and
-    returns NaN. Can go when nerfstudio builds its models without internet (nerfstudio#2415).
+    returns NaN, as it does of images that are too small for its network. Can go when nerfstudio builds its models
+    without internet (nerfstudio#2415).
     """
 
     _metric: torch.nn.Module | None = None
@@ -132,6 +138,8 @@ class Lpips:
         self._arguments, self._options = arguments, options
 
     def __call__(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        if min(truth.shape[-2:]) < LPIPS_SIDE:
+            return torch.tensor(float("nan"))
         if not Lpips._warned and Lpips._metric is None:
             Lpips._metric = self._build()
         if Lpips._metric is None:
@@ -157,20 +165,38 @@ class Lpips:
             socket.setdefaulttimeout(previous)
 
 
+def ssim(prediction: Tensor, truth: Tensor, **options: Any) -> Any:
+    """Return torchmetrics' SSIM, or NaN of images without a whole window, of which it raises or takes a mean of none.
+
+    Can go when torchmetrics returns NaN itself.
+    """
+    if min(truth.shape[-2:]) < SSIM_SIDE:
+        return torch.tensor(float("nan"), device=truth.device)
+    return torchmetrics_ssim(prediction, truth, **options)
+
+
 @contextlib.contextmanager
 def lazy_lpips() -> Iterator[None]:
-    """Within this, models that build LPIPS get [Lpips][] instead, wherever they have imported it."""
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as original
+    """Within this, models that build LPIPS and SSIM get [Lpips][] and [ssim][], wherever they have imported these."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    name = original.__name__
-    modules = [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is original]
-    for module in modules:
-        setattr(module, name, Lpips)
+    ours = {
+        "LearnedPerceptualImagePatchSimilarity": (LearnedPerceptualImagePatchSimilarity, Lpips),
+        "structural_similarity_index_measure": (torchmetrics_ssim, ssim),
+    }
+    replaced = [
+        (module, name)
+        for module in list(sys.modules.values())
+        for name, (original, _) in ours.items()
+        if getattr(module, "__dict__", {}).get(name) is original
+    ]
+    for module, name in replaced:
+        setattr(module, name, ours[name][1])
     try:
         yield
     finally:
-        for module in modules:
-            setattr(module, name, original)
+        for module, name in replaced:
+            setattr(module, name, ours[name][0])
 
 
 @contextlib.contextmanager

@@ -22,12 +22,15 @@ from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.cameras import check_cameras, describe_bad_frames
 from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, NamesBrokenFiles
 from nerfstudio_softmining.plugin.distributed import gather
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
 
+UNPARSED = (OSError, LookupError, AssertionError, ValueError, ArithmeticError, RuntimeError, TypeError, AttributeError)
+"""What dataparsers raise for a scene that they cannot read."""
 IMAGE_MEMORY = 0.7
 """Fraction of a GPU's free memory that images may take."""
 
@@ -86,13 +89,24 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             super().__init__(config, device, *args, **kwargs)
         except UserError:
             raise
-        except (OSError, IndexError, AssertionError, ValueError, KeyError) as error:
+        except UNPARSED as error:
             if hasattr(self, "exclude_batch_keys_from_device"):  # set once both splits are parsed
                 raise
+            spoilt = describe_bad_frames(self.config.data) if self.config.data else None
+            if spoilt is not None:
+                raise UserError(spoilt) from error
+            if isinstance(error, ZeroDivisionError):
+                raise UserError(
+                    f"the cameras of {self.config.data} are all at the same place, and cannot be scaled to a size of "
+                    "1. Set `nerfstudio-data --auto-scale-poses False` after all other flags."
+                ) from error
             raise UserError(
                 f"{type(self.dataparser).__name__} finds no scene with images at {self.config.data} ({error!r}). Check "
                 "--data, and name another dataparser after all other flags if the scene has another format."
             ) from error
+        assert self.config.data is not None  # the dataparser's own if --data is not given
+        for dataset in (self.train_dataset, self.eval_dataset):
+            check_cameras(dataset._dataparser_outputs, self.config.data)
 
     @cached_property
     def dataset_type(self) -> type[TDataset]:
@@ -162,7 +176,7 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             split = "training" if dataset is self.train_dataset else "held-out"
             raise UserError(
                 f"the scene at {self.config.data} has 0 {split} images. Add some, or change how the dataparser splits "
-                "them, such as `nerfstudio-data --eval-mode interval` after all other flags."
+                "them, such as `nerfstudio-data --eval-mode interval` after all other flags; `all` for a single image."
             )
         sampler = self.config.pixel_sampler
         # what nerfstudio computes from whole images needs them in float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,8 @@ from nerfstudio_softmining.settings import Positive, PositiveCount, check
 
 BATCH_KEY = "mining"
 """Key of the [MiningBatch][] in nerfstudio's ray batch."""
+UNEVEN_RAYS = 4
+"""Rays that nerfstudio's uniform sampler may draw from one image beyond an equal part of the batch."""
 FLAG = "--pipeline.datamanager.pixel-sampler"
 SPECS = samplers(scenes=True)
 """All samplers that scenes can be trained with, by name."""
@@ -77,7 +80,8 @@ class MiningPixelSamplerConfig(_SamplerGroups, PixelSamplerConfig):
 class MiningPixelSampler(PixelSampler):
     """Draws training rays by one of several samplers, and updates its state after each step.
 
-    Outside of training (an exporter asks for rays, say) it is nerfstudio's uniform sampler.
+    Outside of training (an exporter asks for rays, say) it is nerfstudio's uniform sampler, or draws uniformly itself
+    where that would fail: nerfstudio 1.1.5 cannot draw more rays than there are valid pixels.
 
     Args:
         config: the settings.
@@ -106,6 +110,9 @@ class MiningPixelSampler(PixelSampler):
         self._image_batch: dict | None = None
         self._run: SamplerRun | None = None
         self._saved: dict | None = None
+        self._checked_batch: dict | None = None
+        self._own_images: TrainingImages | None = None
+        self._most_rays = math.inf
         self.draws_uniformly = False
         """Whether the sampler is switched off for now, and all rays are uniform and weigh the same."""
         super().__init__(config, **kwargs)
@@ -135,7 +142,13 @@ class MiningPixelSampler(PixelSampler):
         return batch
 
     def _sample_uniformly(self, image_batch: dict) -> dict:
-        """Draw by nerfstudio's own sampler."""
+        """Draw by nerfstudio's own sampler, or uniformly over the valid pixels where that would fail."""
+        if image_batch is not self._checked_batch:
+            self._checked_batch, self._own_images = image_batch, None
+            self._most_rays = self._most_rays_of(image_batch)
+        is_odd_list = isinstance(image_batch["image"], list) and self.num_rays_per_batch % 2 == 1
+        if is_odd_list or self.num_rays_per_batch > self._most_rays:
+            return self._sample_valid_pixels(image_batch)
         if isinstance(image_batch["image"], list) and "mask" in image_batch:
             self.config.rejection_sample_mask = False  # fails in nerfstudio 1.1.5 for images that differ in size
         batch = super().sample(image_batch)
@@ -143,6 +156,31 @@ class MiningPixelSampler(PixelSampler):
             self._background = self._background.to(batch["image"].device)
         batch["image"] = to_colours(batch["image"], self._background)
         return batch
+
+    def _most_rays_of(self, image_batch: dict) -> float:
+        """Return how many rays nerfstudio's own sampler can draw from a cache. Synchronizes with the device.
+
+        It draws from the valid pixels without replacement: from each image's where images differ in size.
+        """
+        images, masks = image_batch["image"], image_batch.get("mask")
+        if masks is None or self.config.ignore_mask:
+            return math.inf
+        if isinstance(images, list):
+            fewest = int(torch.stack([mask.count_nonzero() for mask in masks]).min())
+            return (fewest - UNEVEN_RAYS) * len(images)
+        return 0 if 1 in masks.shape[:3] else int(masks.count_nonzero())  # it squeezes the mask
+
+    def _sample_valid_pixels(self, image_batch: dict) -> dict:
+        """Draw uniformly over the valid pixels of all images, with replacement."""
+        if self._own_images is None:
+            self._num_images = self._num_images or int(image_batch["image_idx"].max()) + 1
+            with naming_flags(self._flag):
+                known = self._run if image_batch is self._image_batch else None
+                self._own_images = self._view(image_batch) if known is None else known.sampler.images
+        images = self._own_images
+        samples = images.uniform(self.num_rays_per_batch)
+        batch = {key: images.lookup(key, samples) for key in images.values} | {"indices": samples.indices}
+        return batch | ({"full_image": image_batch["image"]} if self.config.keep_full_image else {})
 
     def _uniform_mining_batch(self, image_batch: dict) -> dict:
         batch, config = self._sample_uniformly(image_batch), self._config
@@ -242,10 +280,10 @@ class MiningPixelSampler(PixelSampler):
             context = SamplerContext(
                 self._num_images, self._generator, self.config.cell_size, self.config.map_memory, self._importance
             )
-            images = self._view(image_batch)
+            images = self._view(image_batch, self._generator)
             self._run = SamplerRun(self._sampler_class, self._config, context, images)
         elif image_batch is not self._image_batch:
-            self._run.replace_images(self._view(image_batch))
+            self._run.replace_images(self._view(image_batch, self._generator))
         self._image_batch = image_batch
         if saved is not None:
             self._run.load_state_dict(saved["run"])
@@ -254,7 +292,7 @@ class MiningPixelSampler(PixelSampler):
                 self._generator.set_state(state)
         return self._run
 
-    def _view(self, image_batch: dict) -> TrainingImages:
+    def _view(self, image_batch: dict, generator: torch.Generator | None = None) -> TrainingImages:
         assert self._num_images is not None
         return TrainingImages(
             image_batch,
@@ -263,5 +301,5 @@ class MiningPixelSampler(PixelSampler):
             fisheye_crop_radius=self.config.fisheye_crop_radius,
             is_equirectangular=bool(self.config.is_equirectangular),
             background=self._background,
-            generator=self._generator,
+            generator=generator,
         )

@@ -121,7 +121,7 @@ class TrainingImages:
             raise SettingError(
                 "ignore_mask",
                 False,
-                f"the masks of all {len(images)} cached training images are empty, and there is no pixel to train on. "
+                f"the masks of all {len(images)} cached images are empty, and there is no pixel to draw from them. "
                 "Check the mask files (non-zero is valid), or set it to True.",
             )
 
