@@ -28,12 +28,13 @@ class Interval:
     """Whether the number must be above `low` instead of at least it."""
 
     def contains(self, value: float) -> bool:
-        """Return whether a value is within the bounds; false for NaN."""
-        return (self.low < value if self.excludes_low else self.low <= value) and value <= self.high
+        """Return whether a value is within the bounds; false for what is not finite."""
+        is_above = self.low < value if self.excludes_low else self.low <= value
+        return is_above and value <= self.high and value != math.inf
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"it must be {'above' if self.excludes_low else 'at least'} {self.low}."
+            return f"it must be finite and {'above' if self.excludes_low else 'at least'} {self.low}."
         return f"it must be in {'(' if self.excludes_low else '['}{self.low}, {self.high}]."
 
 
@@ -45,23 +46,27 @@ NonNegative = Annotated[float, Interval(0)]
 """A number of 0 or more."""
 Positive = Annotated[float, Interval(0, excludes_low=True)]
 """A number above 0."""
-Count = Annotated[int, Interval(0)]
+LARGEST_COUNT = 2**31 - 1
+"""Largest whole number of a setting, which torch can hold in any of its types."""
+Count = Annotated[int, Interval(0, LARGEST_COUNT)]
 """A whole number of 0 or more."""
-PositiveCount = Annotated[int, Interval(1)]
+PositiveCount = Annotated[int, Interval(1, LARGEST_COUNT)]
 """A whole number of 1 or more."""
 
 
 def check(config: Any) -> None:
-    """Check all fields of a settings dataclass against the bounds annotated on their types.
+    """Check all fields of a settings dataclass against the bounds and the choices annotated on their types.
 
     Raises:
-        SettingError: naming the first field out of bounds.
+        SettingError: naming the first field out of bounds, or set to none of its choices.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name, None)
         for bounds in _intervals(hint):
             if value is not None and not bounds.contains(value):
                 raise SettingError(name, value, str(bounds))
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise SettingError(name, value, f"it is one of {', '.join(map(str, get_args(hint)))}.")
 
 
 def _intervals(hint: Any) -> Iterator[Interval]:

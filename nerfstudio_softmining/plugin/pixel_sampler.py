@@ -52,6 +52,10 @@ class MiningPixelSamplerConfig(_SamplerGroups, PixelSamplerConfig):
     """Target class to instantiate."""
     kind: Annotated[Kind, tyro.conf.arg(help=KIND_HELP)] = "mixture"
     """Name of the sampler."""
+    num_rays_per_batch: PositiveCount = 4096
+    """Number of rays of a batch; a datamanager sets it."""
+    fisheye_crop_radius: Positive | None = None
+    """Radius in pixels around the centre of fisheye images outside of which nothing is drawn; None draws anywhere."""
     cell_size: PositiveCount = 2
     """Side in pixels of the cells that maps of edges, contrast and errors are kept in."""
     map_memory: Positive = 2.0
