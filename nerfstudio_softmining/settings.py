@@ -76,8 +76,29 @@ def _intervals(hint: Any) -> Iterator[Interval]:
             yield from _intervals(part)
 
 
-VALUE_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), tuple: (tuple,)}
+VALUE_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 """What may be given for a setting of a type."""
+
+
+def suits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a type: a number, truth, text or choice, a tuple of these, or one that may be None.
+
+    >>> suits((1, 2), tuple[int, ...]), suits(0.5, int | None), suits(None, int | None)
+    (True, False, True)
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return suits(value, parts[0])
+    if origin in (UnionType, Union):
+        return any(suits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple and type(value) is tuple:
+        hints = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(hints) == len(value) and all(map(suits, value, hints))
+    if hint is NoneType:
+        return value is None
+    return type(value) in VALUE_TYPES.get(hint, ())
 
 
 def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) -> None:
@@ -101,10 +122,12 @@ def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) ->
         value, hint = _literal(text), _without_none(get_type_hints(type(owner)).get(key))
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise UserError(f"{sampler!r} has {setting!r}: {key} is one of {', '.join(map(str, get_args(hint)))}.")
-        accepted = VALUE_TYPES.get(hint if get_origin(hint) is None else get_origin(hint))
-        if accepted is not None and type(value) not in accepted:
+        if not suits(value, hint):
             raise UserError(f"{sampler!r} has {setting!r}: {key} is written as in {key}={getattr(owner, key)}.")
-        setattr(owner, key, float(value) if hint is float else value)
+        try:
+            setattr(owner, key, float(value) if hint is float else value)
+        except OverflowError as error:
+            raise UserError(f"{sampler!r} has {setting!r}: {error}.") from error
 
 
 def _without_none(hint: Any) -> Any:
@@ -118,5 +141,5 @@ def _literal(text: str) -> Any:
     """Parse a number, tuple or truth value as Python writes it; anything else is the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text

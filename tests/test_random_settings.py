@@ -5,16 +5,22 @@ Quick tests try some cases of each kind. `pytest -m slow -k random_settings -rP`
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import strategies as st
 from image_cases import SMALL, make_photo
 from sampler_cases import CASES, NAN, feed, make_config, wild
 from setting_cases import changes, try_settings
 from training_cases import Training
 
+from nerfstudio_softmining.bench.bench import _check, override
+from nerfstudio_softmining.bench.preset import Preset, Scene, trainer_config
+from nerfstudio_softmining.bench.preset import read as read_preset
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, make_settings
@@ -34,9 +40,9 @@ def sizes(quick: int, slow: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
-def assert_settled(tally: dict[str, int], count: int) -> None:
+def assert_settled(tally: dict[str, int], count: int, trained: float = 0.2) -> None:
     """Both outcomes are common, so that neither side goes untested."""
-    assert tally["trained"] > count / 5 and tally["refused"] > count / 20, tally
+    assert tally["trained"] > trained * count and tally["refused"] > count / 20, tally
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -143,3 +149,64 @@ def train_fit(case: dict[str, Any]) -> None:
 def test_any_settings_of_a_fit_train_or_are_refused(count):
     tally = try_settings(count, fit_cases(), train_fit, lambda case: (*case["config"], *case["sampler"]))
     assert_settled(tally, count)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+LITERALS = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just(10**400)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple)),
+    max_leaves=4,
+)
+CONFIGS = [FitConfig, SoftMiningConfig, SoftMiningDataManagerConfig, *(spec.config for spec in samplers().values())]
+NAMES = sorted({field.name for config in CONFIGS for field in fields(config)} | {"_target", "", "set", "nonsense"})
+ODD = ("((" * 200, "{[]: 1}", "1" * 5000, "1e999", "-", "\0", "'", "__import__('os')", "9" * 400)
+
+
+@st.composite
+def assignments(draw) -> str:
+    """Something like name=value."""
+    name = draw(st.sampled_from(NAMES))
+    if draw(st.booleans()):
+        return f"{name}={draw(st.sampled_from(('0', '0.5', '1', '2', '64', 'True', 'uniform', 'density', '(1,)')))}"
+    value = draw(st.one_of(LITERALS.map(repr), st.text(max_size=8), st.sampled_from(ODD)))
+    return draw(st.one_of(st.just(f"{name}={value}"), st.just(name + value), st.text(max_size=12)))
+
+
+@sizes(80, 5000)
+def test_any_text_for_a_setting_is_applied_or_refused(count):
+    def set_up(case: tuple[str, str, str]) -> None:
+        kind, text, place = case
+        if place == "image":
+            make_settings(f"{kind},{text}", 0, 10, FitConfig())
+            return
+        scene = Scene("scene", "softmining-nerfacto-lite-blender", set=(text,) if place == "set" else ())
+        trainer_config(scene, kind if place == "set" else f"{kind},{text}", 0, Path("data"), Path("outputs"))
+
+    kinds = st.sampled_from((*samplers(scenes=True), *samplers(scenes=True), "nonsense", "", "nerfacto"))
+    cases = st.tuples(kinds, assignments(), st.sampled_from(("image", "bench", "set")))
+    assert_settled(try_settings(count, cases, set_up, lambda case: ("",)), count, 0.02)
+
+
+@sizes(80, 5000)
+def test_any_file_is_a_preset_or_refused(count, tmp_path):
+    path = tmp_path / "preset.yaml"
+    scene_keys, keys = ([field.name for field in fields(part)] for part in (Scene, Preset))
+
+    def some(keys: list[str], **usual: Any) -> st.SearchStrategy:
+        """Some keys with any values, beside usual ones."""
+        changed = st.dictionaries(st.sampled_from(keys), LITERALS, max_size=1)
+        return st.one_of(st.just({}), st.just({}), changed).map(lambda values: usual | values)
+
+    usual = some(scene_keys, path="scene", method="softmining-nerfacto-lite")
+    scene = st.one_of(usual, usual, usual, LITERALS)
+    preset = st.tuples(some(keys, title="a", samplers=["uniform"]), st.lists(scene, min_size=1, max_size=1))
+    content = preset.map(lambda pair: yaml.dump({"scenes": pair[1]} | pair[0])).map(str.encode)
+    (tmp_path / "scene").mkdir()
+
+    def read(case: bytes) -> None:
+        path.write_bytes(case)
+        _check(override(read_preset(path), {}), tmp_path, tmp_path / "out")
+
+    cases = st.one_of(content, content, content, st.binary(max_size=30), st.text(max_size=30).map(str.encode))
+    assert_settled(try_settings(count, cases, read, lambda case: ("",)), count, 0.05)

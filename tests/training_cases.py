@@ -37,8 +37,7 @@ class Training:
         config.datamanager.pixel_sampler.kind = kind
         config.datamanager = replace(config.datamanager, **manager or {})
         config.model.log2_hashmap_size = 10
-        for name, value in model.items():
-            setattr(config.model, name, value)
+        config.model = replace(config.model, **model)
         if model.get("background_color") == "random":
             config.datamanager.dataparser.alpha_color = None
         self.pipeline: VanillaPipeline = config.setup(device="cpu")

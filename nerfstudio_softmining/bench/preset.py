@@ -6,7 +6,7 @@ import dataclasses
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 from nerfstudio.configs.dataparser_configs import all_dataparsers
@@ -18,7 +18,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.samplers import registry
-from nerfstudio_softmining.settings import apply
+from nerfstudio_softmining.settings import apply, suits
 
 VANILLA = "datamanager=vanilla"
 """Setting of another method: nerfstudio's datamanager that draws rays in the process that trains."""
@@ -91,11 +91,22 @@ def read(path: Path) -> Preset:
         raise UserError(f"{path} is no file. Name a preset, such as configs/lite.yaml.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        scenes = tuple(Scene(**_tuples(scene)) for scene in values.pop("scenes"))
-        return Preset(scenes=scenes, folder=path.parent, **_tuples(values))
-    except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        scenes = tuple(_checked(Scene(**_tuples(scene))) for scene in values.pop("scenes"))
+        return _checked(Preset(scenes=scenes, folder=path.parent, **_tuples(values)))
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError, yaml.YAMLError) as error:
         keys = ", ".join(field.name for field in dataclasses.fields(Preset) if field.name != "folder")
         raise UserError(f"{path} is not a preset ({error}). It has the keys {keys}; see configs/lite.yaml.") from error
+
+
+Part = TypeVar("Part", Preset, Scene)
+
+
+def _checked(part: Part) -> Part:
+    """Return a preset or a scene whose values have the types of its fields; raise a TypeError for another one."""
+    for name, hint in get_type_hints(type(part)).items():
+        if name not in ("scenes", "folder") and not suits(getattr(part, name), hint):
+            raise TypeError(f"{name} is {getattr(part, name)!r}")
+    return part
 
 
 def _tuples(values: dict) -> dict:

@@ -27,7 +27,7 @@ from nerfstudio_softmining.plugin.distributed import gather
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
-from nerfstudio_softmining.settings import LARGEST_COUNT, Interval, Positive, PositiveCount, check
+from nerfstudio_softmining.settings import LARGEST_COUNT, Interval, PositiveCount, check
 
 CountOrAll = Annotated[int, Interval(-1, LARGEST_COUNT)]
 """A whole number, or -1 for all or for never."""
@@ -57,7 +57,7 @@ class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
     """Training steps after which other images are cached, where not all are; -1 is never."""
     eval_num_times_to_repeat_images: CountOrAll = -1
     """Evaluations after which other images are cached, where not all are; -1 is never."""
-    camera_res_scale_factor: Positive = 1.0
+    camera_res_scale_factor: Annotated[float, Interval(0, 16, excludes_low=True)] = 1.0
     """Factor on the resolution of the images and their cameras."""
     patch_size: Annotated[int, Interval(1, 1)] = 1
     """Has to be 1: soft mining chooses single pixels."""
@@ -188,6 +188,11 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             raise UserError(
                 f"the scene at {self.config.data} has 0 {split} images. Add some, or change how the dataparser splits "
                 "them, such as `nerfstudio-data --eval-mode interval` after all other flags."
+            )
+        if min(dataset.cameras.height.min(), dataset.cameras.width.min()) < 1:
+            raise UserError(
+                f"--pipeline.datamanager.camera-res-scale-factor is {self.config.camera_res_scale_factor}, which "
+                "leaves images without pixels. Set it closer to 1."
             )
         sampler = self.config.pixel_sampler
         # what nerfstudio computes from whole images needs them in float32

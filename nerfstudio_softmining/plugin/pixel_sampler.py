@@ -15,14 +15,15 @@ from torch import Tensor
 from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.plugin.distributed import share
 from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerConfig, SamplerContext
-from nerfstudio_softmining.samplers.images import TrainingImages, to_colours
+from nerfstudio_softmining.samplers.images import TrainingImages, capped_radius, to_colours
 from nerfstudio_softmining.samplers.registry import samplers
 from nerfstudio_softmining.samplers.state import SamplerRun
 from nerfstudio_softmining.settings import Positive, PositiveCount, check
 
 BATCH_KEY = "mining"
 """Key of the [MiningBatch][] in nerfstudio's ray batch."""
-FLAG = "--pipeline.datamanager.pixel-sampler"
+MANAGER_FLAG = "--pipeline.datamanager"
+FLAG = f"{MANAGER_FLAG}.pixel-sampler"
 SPECS = samplers(scenes=True)
 """All samplers that scenes can be trained with, by name."""
 
@@ -142,7 +143,17 @@ class MiningPixelSampler(PixelSampler):
         """Draw by nerfstudio's own sampler."""
         if isinstance(image_batch["image"], list) and "mask" in image_batch:
             self.config.rejection_sample_mask = False  # fails in nerfstudio 1.1.5 for images that differ in size
-        batch = super().sample(image_batch)
+        # nerfstudio draws in the circle until all rays are on their image
+        sizes = [(image.shape[0], image.shape[1]) for image in image_batch["image"]]
+        self.config.fisheye_crop_radius = capped_radius(self.config.fisheye_crop_radius, sizes)
+        try:
+            batch = super().sample(image_batch)
+        except (AssertionError, ValueError) as error:
+            flag = self._flag("num_rays") if self.training else f"{MANAGER_FLAG}.eval-num-rays-per-batch"
+            raise UserError(
+                f"{flag} is {self.num_rays_per_batch}: nerfstudio cannot draw as many uniform rays from these images "
+                f"({error}). Set it to an even number, at most that of the pixels that a mask leaves."
+            ) from error
         if self._background is not None:
             self._background = self._background.to(batch["image"].device)
         batch["image"] = to_colours(batch["image"], self._background)
@@ -224,7 +235,7 @@ class MiningPixelSampler(PixelSampler):
     def _flag(self, name: str) -> str:
         """Return the flag of a field that the sampler has named."""
         if name == "num_rays":
-            return "--pipeline.datamanager.train-num-rays-per-batch"
+            return f"{MANAGER_FLAG}.train-num-rays-per-batch"
         return self.config.flag(name if hasattr(self.config, name) else f"{self.config.kind}.{name}")
 
     def _run_on(self, image_batch: dict) -> SamplerRun:
