@@ -185,7 +185,7 @@ def test_any_text_for_a_setting_is_applied_or_refused(count):
 
     kinds = st.sampled_from((*samplers(scenes=True), *samplers(scenes=True), "nonsense", "", "nerfacto"))
     cases = st.tuples(kinds, assignments(), st.sampled_from(("image", "bench", "set")))
-    assert_settled(try_settings(count, cases, set_up, lambda case: ("",)), count, 0.02)
+    assert_settled(try_settings(count, cases, set_up, lambda case: ("",)), count, 0.01)
 
 
 @sizes(80, 5000)
@@ -209,4 +209,4 @@ def test_any_file_is_a_preset_or_refused(count, tmp_path):
         _check(override(read_preset(path), {}), tmp_path, tmp_path / "out")
 
     cases = st.one_of(content, content, content, st.binary(max_size=30), st.text(max_size=30).map(str.encode))
-    assert_settled(try_settings(count, cases, read, lambda case: ("",)), count, 0.05)
+    assert_settled(try_settings(count, cases, read, lambda case: ("",)), count, 0.01)

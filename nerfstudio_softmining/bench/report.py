@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nerfstudio_softmining.bench.preset import Preset
+from nerfstudio_softmining.files import replacing, save_figure
 
 BASELINE = "uniform"
 """Sampler that the others are compared with."""
@@ -44,7 +45,7 @@ def to_frame(runs: Sequence[dict]) -> pd.DataFrame:
 def write(preset: Preset, results: dict, output: Path) -> None:
     """Write report.md, and the plots and pictures that it shows."""
     runs = to_frame(results["runs"])
-    with (output / "report.md").open("w", encoding="utf-8") as file:
+    with replacing(output / "report.md") as part, part.open("w", encoding="utf-8") as file:
         console = Console(file=file, width=REPORT_WIDTH)
         console.print(f"# {preset.title}\n")
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -54,13 +55,13 @@ def write(preset: Preset, results: dict, output: Path) -> None:
             for table in tables(preset.targets, scene_runs):
                 console.print(table)
             name = str(scene).replace("/", "_")
-            plot_convergence(scene_runs).savefig(output / f"{name}_convergence.png", dpi=150)
-            plot_speed_up(preset.targets, scene_runs).savefig(output / f"{name}_speed_up.png", dpi=150)
+            save_figure(plot_convergence(scene_runs), output / f"{name}_convergence.png", dpi=150)
+            save_figure(plot_speed_up(preset.targets, scene_runs), output / f"{name}_speed_up.png", dpi=150)
             console.print(f"\n![PSNR against iterations and seconds]({name}_convergence.png)")
             console.print(f"\n![Iterations to given PSNRs]({name}_speed_up.png)")
             figure = plot_pictures(scene_runs, output / "pictures" / name)
             if figure is not None:
-                figure.savefig(output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
+                save_figure(figure, output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
                 console.print(f"\n![Renders and their errors]({name}_pictures.jpg)")
         if runs["scene"].nunique() > 1:
             console.print("\n## All scenes\n")
