@@ -143,9 +143,11 @@ class MiningPixelSampler(PixelSampler):
         """Draw by nerfstudio's own sampler."""
         if isinstance(image_batch["image"], list) and "mask" in image_batch:
             self.config.rejection_sample_mask = False  # fails in nerfstudio 1.1.5 for images that differ in size
-        # nerfstudio draws in the circle until all rays are on their image
-        sizes = [(image.shape[0], image.shape[1]) for image in image_batch["image"]]
-        self.config.fisheye_crop_radius = capped_radius(self.config.fisheye_crop_radius, sizes)
+        images = image_batch["image"]
+        if isinstance(images, Tensor):
+            # nerfstudio draws in the circle until all rays are on their image, which a large one would take for ever
+            size = (images.shape[1], images.shape[2])
+            self.config.fisheye_crop_radius = capped_radius(self.config.fisheye_crop_radius, [size])
         try:
             batch = super().sample(image_batch)
         except (AssertionError, ValueError) as error:
