@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import tyro
 
+from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.paths import file_name
 
@@ -153,6 +156,9 @@ def doctor() -> int:
 
 def main() -> int:
     """Run the command line; the result is the exit code."""
+    if threading.current_thread() is threading.main_thread():
+        # as an exception, which ends processes that a command has started
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {"demo": demo, "bench": bench, "image": image, "render": render, "report": report, "doctor": doctor},
@@ -161,6 +167,13 @@ def main() -> int:
         )
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # what reads the output has ended, as in `softmining doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{error.filename or 'a file'} cannot be used ({error.strerror}).") from error
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ class Interval:
     """Whether the number must be above `low` instead of at least it."""
 
     def contains(self, value: float) -> bool:
-        """Return whether a value is within the bounds; false for NaN."""
-        return (self.low < value if self.excludes_low else self.low <= value) and value <= self.high
+        """Return whether a value is within the bounds; false for what is not finite."""
+        is_above = self.low < value if self.excludes_low else self.low <= value
+        return is_above and value <= self.high and value != math.inf
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"it must be {'above' if self.excludes_low else 'at least'} {self.low}."
+            return f"it must be finite and {'above' if self.excludes_low else 'at least'} {self.low}."
         return f"it must be in {'(' if self.excludes_low else '['}{self.low}, {self.high}]."
 
 
@@ -45,23 +46,27 @@ NonNegative = Annotated[float, Interval(0)]
 """A number of 0 or more."""
 Positive = Annotated[float, Interval(0, excludes_low=True)]
 """A number above 0."""
-Count = Annotated[int, Interval(0)]
+LARGEST_COUNT = 2**31 - 1
+"""Largest whole number of a setting, which torch can hold in any of its types."""
+Count = Annotated[int, Interval(0, LARGEST_COUNT)]
 """A whole number of 0 or more."""
-PositiveCount = Annotated[int, Interval(1)]
+PositiveCount = Annotated[int, Interval(1, LARGEST_COUNT)]
 """A whole number of 1 or more."""
 
 
 def check(config: Any) -> None:
-    """Check all fields of a settings dataclass against the bounds annotated on their types.
+    """Check all fields of a settings dataclass against the bounds and the choices annotated on their types.
 
     Raises:
-        SettingError: naming the first field out of bounds.
+        SettingError: naming the first field out of bounds, or set to none of its choices.
     """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name, None)
         for bounds in _intervals(hint):
             if value is not None and not bounds.contains(value):
                 raise SettingError(name, value, str(bounds))
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise SettingError(name, value, f"it is one of {', '.join(map(str, get_args(hint)))}.")
 
 
 def _intervals(hint: Any) -> Iterator[Interval]:
@@ -71,8 +76,29 @@ def _intervals(hint: Any) -> Iterator[Interval]:
             yield from _intervals(part)
 
 
-VALUE_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), tuple: (tuple,)}
+VALUE_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 """What may be given for a setting of a type."""
+
+
+def suits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a type: a number, truth, text or choice, a tuple of these, or one that may be None.
+
+    >>> suits((1, 2), tuple[int, ...]), suits(0.5, int | None), suits(None, int | None)
+    (True, False, True)
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return suits(value, parts[0])
+    if origin in (UnionType, Union):
+        return any(suits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple and type(value) is tuple:
+        hints = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(hints) == len(value) and all(map(suits, value, hints))
+    if hint is NoneType:
+        return value is None
+    return type(value) in VALUE_TYPES.get(hint, ())
 
 
 def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) -> None:
@@ -96,10 +122,12 @@ def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) ->
         value, hint = _literal(text), _without_none(get_type_hints(type(owner)).get(key))
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise UserError(f"{sampler!r} has {setting!r}: {key} is one of {', '.join(map(str, get_args(hint)))}.")
-        accepted = VALUE_TYPES.get(hint if get_origin(hint) is None else get_origin(hint))
-        if accepted is not None and type(value) not in accepted:
+        if not suits(value, hint):
             raise UserError(f"{sampler!r} has {setting!r}: {key} is written as in {key}={getattr(owner, key)}.")
-        setattr(owner, key, float(value) if hint is float else value)
+        try:
+            setattr(owner, key, float(value) if hint is float else value)
+        except OverflowError as error:
+            raise UserError(f"{sampler!r} has {setting!r}: {error}.") from error
 
 
 def _without_none(hint: Any) -> Any:
@@ -113,5 +141,5 @@ def _literal(text: str) -> Any:
     """Parse a number, tuple or truth value as Python writes it; anything else is the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text

@@ -6,8 +6,7 @@ import dataclasses
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 from nerfstudio.configs.dataparser_configs import all_dataparsers
@@ -20,7 +19,7 @@ from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.paths import file_name
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.samplers import registry
-from nerfstudio_softmining.settings import apply
+from nerfstudio_softmining.settings import apply, suits
 
 VANILLA = "datamanager=vanilla"
 """Setting of another method: nerfstudio's datamanager that draws rays in the process that trains."""
@@ -93,37 +92,26 @@ def read(path: Path) -> Preset:
         raise UserError(f"{path} is no file. Name a preset, such as configs/lite.yaml.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        scenes = tuple(Scene(**_tuples(scene)) for scene in values.pop("scenes"))
-        preset = Preset(scenes=scenes, folder=path.parent, **_tuples(values))
-        for part in (preset, *scenes):
-            _check_types(part)
-        return preset
-    except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        scenes = tuple(_checked(Scene(**_tuples(scene))) for scene in values.pop("scenes"))
+        return _checked(Preset(scenes=scenes, folder=path.parent, **_tuples(values)))
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError, yaml.YAMLError) as error:
         keys = ", ".join(field.name for field in dataclasses.fields(Preset) if field.name != "folder")
         raise UserError(f"{path} is not a preset ({error}). It has the keys {keys}; see configs/lite.yaml.") from error
 
 
+Part = TypeVar("Part", Preset, Scene)
+
+
+def _checked(part: Part) -> Part:
+    """Return a preset or a scene whose values have the types of its fields; raise a TypeError for another one."""
+    for name, hint in get_type_hints(type(part)).items():
+        if name not in ("scenes", "folder") and not suits(getattr(part, name), hint):
+            raise TypeError(f"{name} is {getattr(part, name)!r}")
+    return part
+
+
 def _tuples(values: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _check_types(part: Preset | Scene) -> None:
-    """Check that values are of the types of their fields, as a seed that is text could lead to another folder.
-
-    Raises:
-        TypeError: naming the first that is not.
-    """
-    for name, hint in get_type_hints(type(part)).items():
-        if not _fits(getattr(part, name), hint):
-            raise TypeError(f"{name} is {getattr(part, name)!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, kind) for kind in get_args(hint))
-    return isinstance(value, (int, float) if hint is float else hint) and isinstance(value, bool) <= (hint is bool)
 
 
 def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Path) -> TrainerConfig:

@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nerfstudio_softmining import files
 from nerfstudio_softmining.bench.preset import Preset
+from nerfstudio_softmining.files import save_figure
 from nerfstudio_softmining.paths import file_name
 
 BASELINE = "uniform"
@@ -50,7 +52,7 @@ def markdown_file(path: Path) -> Iterator[Console]:
     """Yield a console that writes a file of Markdown, in which names are text: neither rich's markup nor HTML."""
     with io.StringIO() as text:
         yield Console(file=text, width=REPORT_WIDTH, markup=False, emoji=False, highlight=False)
-        path.write_text(text.getvalue().replace("<", "&lt;"), encoding="utf-8")
+        files.write(text.getvalue().replace("<", "&lt;"), path)
 
 
 def write(preset: Preset, results: dict, output: Path) -> None:
@@ -65,13 +67,13 @@ def write(preset: Preset, results: dict, output: Path) -> None:
             for table in tables(preset.targets, scene_runs):
                 console.print(table)
             name = file_name(str(scene))
-            plot_convergence(scene_runs).savefig(output / f"{name}_convergence.png", dpi=150)
-            plot_speed_up(preset.targets, scene_runs).savefig(output / f"{name}_speed_up.png", dpi=150)
+            save_figure(plot_convergence(scene_runs), output / f"{name}_convergence.png", dpi=150)
+            save_figure(plot_speed_up(preset.targets, scene_runs), output / f"{name}_speed_up.png", dpi=150)
             console.print(f"\n![PSNR against iterations and seconds]({name}_convergence.png)")
             console.print(f"\n![Iterations to given PSNRs]({name}_speed_up.png)")
             figure = plot_pictures(scene_runs, output / "pictures" / name)
             if figure is not None:
-                figure.savefig(output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
+                save_figure(figure, output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
                 console.print(f"\n![Renders and their errors]({name}_pictures.jpg)")
         if runs["scene"].nunique() > 1:
             console.print("\n## All scenes\n")

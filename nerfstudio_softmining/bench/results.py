@@ -17,7 +17,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nerfstudio_softmining import files
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.files import CannotWriteError
 
 
 class Results:
@@ -74,6 +76,8 @@ class Results:
         failures = self.content["failures"]
         try:
             yield
+        except CannotWriteError:
+            raise
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}"
             CONSOLE.print(f"{name} failed: {failures[name]}", style="red", markup=False, highlight=False)
@@ -83,9 +87,7 @@ class Results:
                 self._write()
 
     def _write(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1), encoding="utf-8")
-        part.replace(self.path)
+        files.write(json.dumps(self.content, indent=1), self.path)
 
 
 def device_name(device: str | None = None) -> str:
@@ -102,9 +104,9 @@ def make_progress(transient: bool = False) -> Progress:
 
 def write_bytes(picture: NDArray, path: Path) -> None:
     """Write values in [0, 255] as a picture of 8 bits, grey [h, w] or in the order RGB [h, w, 3]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rgb = picture.round().astype(np.uint8)
-    cv2.imwrite(str(path), np.ascontiguousarray(rgb if rgb.ndim == 2 else rgb[..., ::-1]))
+    _, encoded = cv2.imencode(path.suffix, np.ascontiguousarray(rgb if rgb.ndim == 2 else rgb[..., ::-1]))
+    files.write(encoded.tobytes(), path)
 
 
 def check_flags(at: Sequence[int], **lists: Sequence[Any]) -> None:

@@ -18,6 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import track
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nerfstudio_softmining import files
 from nerfstudio_softmining.bench.report import LARGEST_ERROR
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
@@ -90,11 +91,7 @@ def run_report(folders: Sequence[Path], output: Path, max_views: int) -> None:
         if not config.is_file():
             raise UserError(f"{config} does not exist. Name the folder of a run, such as outputs/SCENE/METHOD/TIME.")
     runs = [load_run(config, max_views) for config in configs]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page(runs), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output is {output}, which cannot be written ({error}). Name another file.") from error
+    files.write(page(runs), output)
     CONSOLE.print(f"{output} opens in any browser, without a network.", soft_wrap=True)
 
 

@@ -28,6 +28,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.text import Text
 from torch.profiler import ProfilerActivity, profile
 
+from nerfstudio_softmining import files
 from nerfstudio_softmining.bench.preset import Preset, Scene, trainer_config
 from nerfstudio_softmining.bench.report import make_table, markdown_file
 from nerfstudio_softmining.bench.results import device_name, make_progress
@@ -70,7 +71,8 @@ def run_step_time(preset: Preset, data: Path, output: Path) -> bool:
     Returns:
         Whether every method was timed.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    with files.naming_file(output):
+        output.mkdir(parents=True, exist_ok=True)
     costs: dict[str, dict[str, Cost]] = {}
     failures: dict[str, str] = {}
     with make_progress(transient=True) as progress:
@@ -81,7 +83,7 @@ def run_step_time(preset: Preset, data: Path, output: Path) -> bool:
                 preset, scene, data, output / "runs", failures, lambda: progress.advance(task)
             )
             content = {path: {name: asdict(cost) for name, cost in of.items()} for path, of in costs.items()}
-            (output / "step_time.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+            files.write(json.dumps(content, indent=1), output / "step_time.json")
     with markdown_file(output / "report.md") as console:
         console.print(f"# {preset.title}\n")
         console.print(f"{device_name()}; torch {torch.__version__}. Median over {preset.rounds - 1} rounds (range).\n")
@@ -94,7 +96,7 @@ def run_step_time(preset: Preset, data: Path, output: Path) -> bool:
             for table in tables:
                 CONSOLE.print(table)
                 console.print(table)
-            plot_stages(of_scene).savefig(output / f"{name}_stages.png", dpi=130)
+            files.save_figure(plot_stages(of_scene), output / f"{name}_stages.png", dpi=130)
             console.print(f"\n![Stages of a step]({name}_stages.png)")
         for name, reason in failures.items():
             console.print(f"\n{name} failed: {reason}", soft_wrap=True)
@@ -127,7 +129,7 @@ def _measure(
     try:
         for name in preset.samplers:  # one after another, so that their start-ups are not each other's
             ours, theirs = spawn.Pipe()
-            arguments = (theirs, scene, name, preset.seeds[0], data, runs, preset.steps, time.time())
+            arguments = (theirs, scene, name, preset.seeds[0], data, runs, preset.steps, time.monotonic())
             process = spawn.Process(target=_work, args=arguments)
             process.start()
             theirs.close()
@@ -183,7 +185,7 @@ def _work(
         trainer.pipeline.train()
         stepper = _Stepper(trainer)
         stepper.train(1)
-        start_up = time.time() - started
+        start_up = time.monotonic() - started  # of one clock for all processes
         connection.send("ready")
         while question := connection.recv():
             connection.send(stepper.train(steps) if question == "time" else stepper.profile(steps, start_up))

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from nerfstudio_softmining.demo.scene import ensure_scene, image_files
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.files import naming_file, save_figure
 
 METHOD = "softmining-nerfacto-lite-blender"
 RUN = Path(METHOD, "run")
@@ -166,6 +167,7 @@ def run_logged(script: str, arguments: list[str], log: Path, on_line: Callable[[
     command = [sys.executable, "-m", f"nerfstudio.scripts.{script}", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     with (
+        naming_file(log),
         log.open("w", encoding="utf-8", buffering=1) as file,
         Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace") as process,
     ):
@@ -195,9 +197,10 @@ def draw_pictures(trainings: list[Path], scene: Path, folder: Path) -> None:
     for view in np.unique(np.linspace(0, len(views) - 1, SHOWN_VIEWS + 2).astype(int)[1:-1]):
         pairs = [np.split(read_rgb(training / RENDERS / views[view]), 2, axis=1) for training in trainings]
         renders = {LABELS[training.name]: render for training, (_, render) in zip(trainings, pairs, strict=True)}
-        comparison(pairs[0][0], renders).savefig(folder / f"held_out_view_{view}.png", dpi=150)
+        save_figure(comparison(pairs[0][0], renders), folder / f"held_out_view_{view}.png", dpi=150)
     images = [read_rgb(path) for path in image_files(scene, "train")]
-    rays_figure(images, next_rays(trainings[-1] / RUN, images)).savefig(folder / "where_the_rays_go.png", dpi=150)
+    figure = rays_figure(images, next_rays(trainings[-1] / RUN, images))
+    save_figure(figure, folder / "where_the_rays_go.png", dpi=150)
 
 
 def read_rgb(path: Path) -> Image8:

@@ -19,6 +19,7 @@ from PIL import Image
 from rich.progress import track
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.files import naming_file
 
 Array = NDArray[np.float64]
 Texture = Callable[[Array], Array]
@@ -214,11 +215,13 @@ def write_scene(folder: Path, num_train: int = 60, num_eval: int = 8, size: int 
     }
     for frame in track([*frames["train"], *frames["test"]], description="Rendering the scene", transient=True):
         file = partial / (frame["file_path"] + ".png")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(render_view(np.array(frame["transform_matrix"]), size)).save(file)
+        with naming_file(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(render_view(np.array(frame["transform_matrix"]), size)).save(file)
     for split, name in SPLITS.items():
         text = json.dumps({"camera_angle_x": CAMERA_ANGLE_X, "frames": frames[name]}, indent=1)
-        (partial / f"transforms_{split}.json").write_text(text, encoding="utf-8")
+        with naming_file(partial / f"transforms_{split}.json"):
+            (partial / f"transforms_{split}.json").write_text(text, encoding="utf-8")
     os.rename(partial, folder)
 
 

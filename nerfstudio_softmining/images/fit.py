@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.image import PeakSignalNoiseRatio
 
+from nerfstudio_softmining import files
 from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.field import Field
@@ -245,10 +246,9 @@ def fingerprint(photo: Photo) -> str:
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint beside the previous one, then replace that, so that a crash leaves a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    # by Python's own file, whose errors have a reason
+    with files.replacing(path) as part, part.open("wb") as file:
+        torch.save(state, file)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nerfstudio_softmining import files
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 
@@ -166,11 +167,14 @@ def write(values: NDArray, path: Path) -> Path:
     path = path.with_suffix(".exr" if values.dtype == np.float32 else ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        is_written = cv2.imwrite(str(path), np.ascontiguousarray(values[..., CHANNEL_ORDER[values.shape[2]]]))
-    except cv2.error as error:  # some builds of OpenCV have no OpenEXR
-        raise UserError(f"OpenCV cannot write {path}: {error}. Install opencv-python-headless 4.") from error
-    if not is_written:
-        raise UserError(f"{path} cannot be written. Name another --output.")
+        _, encoded = cv2.imencode(path.suffix, np.ascontiguousarray(values[..., CHANNEL_ORDER[values.shape[2]]]))
+    except cv2.error as error:
+        # OpenEXR goes through a temporary file: where a full disk has no place for that, this fails with the reason
+        with files.replacing(path) as part:
+            part.write_bytes(bytes(values.nbytes))
+            # some builds of OpenCV have no OpenEXR
+            raise UserError(f"OpenCV cannot write {path}: {error}. Install opencv-python-headless 4.") from error
+    files.write(encoded.tobytes(), path)
     return path
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from nerfstudio_softmining.bench import report as bench
+from nerfstudio_softmining.files import replacing, save_figure
 from nerfstudio_softmining.images.photo import Photo, fit_within, to_rgb
 
 CROPS = 3
@@ -52,9 +53,9 @@ class Picture:
 
 def write(photo: Photo, pictures: Sequence[Picture], results: dict, output: Path, name: str) -> None:
     """Write report.md, and the plots and pictures that it shows."""
-    crops(photo, pictures).savefig(output / "crops.jpg", dpi=120, pil_kwargs={"quality": 90})
-    maps(photo, pictures).savefig(output / "maps.jpg", dpi=120, pil_kwargs={"quality": 90})
-    with (output / "report.md").open("w", encoding="utf-8") as file:
+    for file_name, figure in (("crops.jpg", crops(photo, pictures)), ("maps.jpg", maps(photo, pictures))):
+        save_figure(figure, output / file_name, dpi=120, pil_kwargs={"quality": 90})
+    with replacing(output / "report.md") as part, part.open("w", encoding="utf-8") as file:
         console = Console(file=file, width=bench.REPORT_WIDTH, markup=False, emoji=False, highlight=False)
         height, width = photo.size
         console.print(f"# {html.escape(name)}\n\n{height} x {width} pixels; {results['device']}.\n", soft_wrap=True)
@@ -62,7 +63,7 @@ def write(photo: Photo, pictures: Sequence[Picture], results: dict, output: Path
             runs = bench.to_frame(results["runs"])
             for table in bench.tables((), runs):
                 console.print(table)
-            bench.plot_convergence(runs, "the photograph").savefig(output / "convergence.png", dpi=150)
+            save_figure(bench.plot_convergence(runs, "the photograph"), output / "convergence.png", dpi=150)
             console.print("\n![PSNR against iterations and seconds](convergence.png)")
         console.print("\n## Pictures\n")
         for picture in pictures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from nerfstudio.cameras.rays import RayBundle
@@ -20,7 +20,7 @@ from nerfstudio.utils.misc import get_orig_class, step_check
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.errors import SettingError, UserError, naming_flags
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.cameras import check_cameras, describe_bad_frames
 from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, NamesBrokenFiles
@@ -28,9 +28,12 @@ from nerfstudio_softmining.plugin.distributed import gather
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
 from nerfstudio_softmining.samplers.base import MiningBatch
+from nerfstudio_softmining.settings import LARGEST_COUNT, Interval, PositiveCount, check
 
 UNPARSED = (OSError, LookupError, AssertionError, ValueError, ArithmeticError, RuntimeError, TypeError, AttributeError)
 """What dataparsers raise for a scene that they cannot read."""
+CountOrAll = Annotated[int, Interval(-1, LARGEST_COUNT)]
+"""A whole number, or -1 for all or for never."""
 IMAGE_MEMORY = 0.7
 """Fraction of a GPU's free memory that images may take."""
 
@@ -45,16 +48,38 @@ class SoftMiningDataManagerConfig(VanillaDataManagerConfig):
     """Keep the training images and masks on the device. If False, each step waits for pixels from the host."""
     masks_on_gpu: bool = True
     """Has no effect: masks are kept where the images are."""
+    train_num_rays_per_batch: PositiveCount = 1024
+    """Number of rays of a training step."""
+    eval_num_rays_per_batch: PositiveCount = 1024
+    """Number of rays of a step of evaluation."""
+    train_num_images_to_sample_from: CountOrAll = -1
+    """Number of training images that are cached at a time; -1 is all of them."""
+    eval_num_images_to_sample_from: CountOrAll = -1
+    """Number of held-out images that are cached at a time; -1 is all of them."""
+    train_num_times_to_repeat_images: CountOrAll = -1
+    """Training steps after which other images are cached, where not all are; -1 is never."""
+    eval_num_times_to_repeat_images: CountOrAll = -1
+    """Evaluations after which other images are cached, where not all are; -1 is never."""
+    camera_res_scale_factor: Annotated[float, Interval(0, 16, excludes_low=True)] = 1.0
+    """Factor on the resolution of the images and their cameras."""
+    patch_size: Annotated[int, Interval(1, 1)] = 1
+    """Has to be 1: soft mining chooses single pixels."""
     pixel_sampler: PixelSamplerConfig = field(default_factory=MiningPixelSamplerConfig)
     """How training pixels are chosen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patch_size > 1:
-            raise UserError(
-                f"--pipeline.datamanager.patch-size is {self.patch_size}: soft mining chooses single pixels, patches "
-                "cannot follow the error. Set it to 1."
-            )
+        with naming_flags(lambda name: f"--pipeline.datamanager.{name.replace('_', '-')}"):
+            if self.patch_size != 1:
+                raise SettingError(
+                    "patch_size",
+                    self.patch_size,
+                    "soft mining chooses single pixels, patches cannot follow the error. Set it to 1.",
+                )
+            for name in ("train_num_images_to_sample_from", "eval_num_images_to_sample_from"):
+                if getattr(self, name) == 0:
+                    raise SettingError(name, 0, "it must be at least 1, or -1 for all images.")
+            check(self)
 
 
 class SoftMiningDataManager(VanillaDataManager[TDataset]):
@@ -177,6 +202,11 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             raise UserError(
                 f"the scene at {self.config.data} has 0 {split} images. Add some, or change how the dataparser splits "
                 "them, such as `nerfstudio-data --eval-mode interval` after all other flags; `all` for a single image."
+            )
+        if min(dataset.cameras.height.min(), dataset.cameras.width.min()) < 1:
+            raise UserError(
+                f"--pipeline.datamanager.camera-res-scale-factor is {self.config.camera_res_scale_factor}, which "
+                "leaves images without pixels. Set it closer to 1."
             )
         sampler = self.config.pixel_sampler
         # what nerfstudio computes from whole images needs them in float32

@@ -16,7 +16,7 @@ from torch import Tensor
 from nerfstudio_softmining.errors import UserError, naming_flags
 from nerfstudio_softmining.plugin.distributed import share
 from nerfstudio_softmining.samplers.base import MiningBatch, Sampler, SamplerConfig, SamplerContext
-from nerfstudio_softmining.samplers.images import TrainingImages, to_colours
+from nerfstudio_softmining.samplers.images import TrainingImages, capped_radius, to_colours
 from nerfstudio_softmining.samplers.registry import samplers
 from nerfstudio_softmining.samplers.state import SamplerRun
 from nerfstudio_softmining.settings import Positive, PositiveCount, check
@@ -25,7 +25,8 @@ BATCH_KEY = "mining"
 """Key of the [MiningBatch][] in nerfstudio's ray batch."""
 UNEVEN_RAYS = 4
 """Rays that nerfstudio's uniform sampler may draw from one image beyond an equal part of the batch."""
-FLAG = "--pipeline.datamanager.pixel-sampler"
+MANAGER_FLAG = "--pipeline.datamanager"
+FLAG = f"{MANAGER_FLAG}.pixel-sampler"
 SPECS = samplers(scenes=True)
 """All samplers that scenes can be trained with, by name."""
 
@@ -55,6 +56,10 @@ class MiningPixelSamplerConfig(_SamplerGroups, PixelSamplerConfig):
     """Target class to instantiate."""
     kind: Annotated[Kind, tyro.conf.arg(help=KIND_HELP)] = "mixture"
     """Name of the sampler."""
+    num_rays_per_batch: PositiveCount = 4096
+    """Number of rays of a batch; a datamanager sets it."""
+    fisheye_crop_radius: Positive | None = None
+    """Radius in pixels around the centre of fisheye images outside of which nothing is drawn; None draws anywhere."""
     cell_size: PositiveCount = 2
     """Side in pixels of the cells that maps of edges, contrast and errors are kept in."""
     map_memory: Positive = 2.0
@@ -151,6 +156,11 @@ class MiningPixelSampler(PixelSampler):
             return self._sample_valid_pixels(image_batch)
         if isinstance(image_batch["image"], list) and "mask" in image_batch:
             self.config.rejection_sample_mask = False  # fails in nerfstudio 1.1.5 for images that differ in size
+        images = image_batch["image"]
+        if isinstance(images, Tensor):
+            # nerfstudio draws in the circle until all rays are on their image, which a large one would take for ever
+            size = (images.shape[1], images.shape[2])
+            self.config.fisheye_crop_radius = capped_radius(self.config.fisheye_crop_radius, [size])
         batch = super().sample(image_batch)
         if self._background is not None:
             self._background = self._background.to(batch["image"].device)
@@ -266,7 +276,7 @@ class MiningPixelSampler(PixelSampler):
     def _flag(self, name: str) -> str:
         """Return the flag of a field that the sampler has named."""
         if name == "num_rays":
-            return "--pipeline.datamanager.train-num-rays-per-batch"
+            return f"{MANAGER_FLAG}.train-num-rays-per-batch"
         return self.config.flag(name if hasattr(self.config, name) else f"{self.config.kind}.{name}")
 
     def _run_on(self, image_batch: dict) -> SamplerRun:

@@ -217,11 +217,13 @@ class Sampler(Generic[Config, State]):
         fraction = getattr(self.config, name)
         number = round(fraction * count)
         if (fraction > 0 and number == 0) or (fraction < 1 and number == count):
-            enough = math.ceil(0.5 / min(fraction, 1 - fraction)) + 1
+            rest = min(fraction, 1 - fraction)
+            # rounded, a smaller fraction is 0 or 1
+            fix = f"Set it to {math.ceil(0.5 / rest) + 1} or more" if rest > 1e-9 else f"Set {name} to {number and 1}"
             raise SettingError(
                 "num_rays",
                 count,
-                f"too few for a {name} of {fraction}, which stands for {number} of them. Set it to {enough} or more.",
+                f"too few for a {name} of {fraction}, which stands for {number} of them. {fix}.",
             )
         return number
 
@@ -246,7 +248,9 @@ class Sampler(Generic[Config, State]):
                 f"{self.images.num_pixels / 1e6:,.0f} million pixels: {contents} are kept in cells of {size} x {size} "
                 f"pixels instead of {wanted} x {wanted} to fit {self.context.map_memory} GB (map_memory)."
             )
-        return Grid.with_cell_size(self.images, size, max(min_tile_side, math.ceil(tile / size)), levels)
+        # a larger tile than any image would only have more places without a cell
+        largest = max(map(max, self.images.sizes))
+        return Grid.with_cell_size(self.images, size, max(min_tile_side, math.ceil(min(tile, largest) / size)), levels)
 
 
 class DensitySampler(Sampler[Config, State]):

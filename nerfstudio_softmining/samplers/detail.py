@@ -9,7 +9,7 @@ fall as powers of the rays spent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,7 +23,7 @@ from nerfstudio_softmining.samplers.base import DensitySampler, MiningBatch, Sam
 from nerfstudio_softmining.samplers.cells import PixelDensity
 from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
 from nerfstudio_softmining.samplers.registry import register
-from nerfstudio_softmining.settings import Fraction, NonNegative, PositiveCount
+from nerfstudio_softmining.settings import Fraction, Interval, NonNegative, PositiveCount
 
 ERROR_POWER = 0.5
 """Power of the detail of a pixel that predicts its error."""
@@ -49,13 +49,13 @@ class DetailConfig(SamplerConfig):
     """Fraction of each batch that is drawn uniformly over all images, in [0, 1]."""
     floor: NonNegative = 0.003
     """Detail that flat places have, in units of the colour."""
-    tile: PositiveCount = 8
+    tile: Annotated[int, Interval(1, 128)] = 8
     """Side in pixels of the smallest tiles whose error is kept; at least 4 cells."""
     interval: PositiveCount = 32
     """Steps until the first correction; each further interval is 1.25 times as long."""
     prior_strength: NonNegative = 4.0
     """Rays after which a tile's own error counts as much as that of the tile around it."""
-    error_exponent: NonNegative = 2.0
+    error_exponent: Annotated[float, Interval(0, 8)] = 2.0
     """Power of the ratio of observed to predicted error that scales the density; 0 leaves the detail alone."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import cv2
 import torch
@@ -15,7 +16,10 @@ from nerfstudio_softmining.samplers.base import DensitySampler, SamplerConfig, S
 from nerfstudio_softmining.samplers.cells import PixelDensity
 from nerfstudio_softmining.samplers.images import TrainingImages
 from nerfstudio_softmining.samplers.registry import register
-from nerfstudio_softmining.settings import Count, Fraction, NonNegative
+from nerfstudio_softmining.settings import Fraction, Interval
+
+CannyThreshold = Annotated[float, Interval(0, 2040)]
+"""A threshold on the gradient of an 8-bit image, which is at most 8 * 255."""
 
 
 @dataclass
@@ -26,11 +30,11 @@ class EdgeConfig(SamplerConfig):
     """Weight rays by their density (eq. 9); the original does not."""
     uniform_fraction: Fraction = 0.5
     """Fraction of each batch that is drawn uniformly over all images, in [0, 1]."""
-    low_threshold: NonNegative = 100.0
+    low_threshold: CannyThreshold = 100.0
     """Canny's lower threshold on the gradient of an 8-bit grey image."""
-    high_threshold: NonNegative = 200.0
+    high_threshold: CannyThreshold = 200.0
     """Canny's upper threshold on the gradient of an 8-bit grey image."""
-    shift: Count = 2
+    shift: Annotated[int, Interval(0, 32)] = 2
     """Rays lie up to this many pixels beside an edge, so that both of its sides are seen."""
 
 

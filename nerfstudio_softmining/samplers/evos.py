@@ -11,6 +11,7 @@ smaller by the same factor. Its additional loss on the Laplacian of early steps 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from nerfstudio_softmining.samplers.base import SamplerConfig
 from nerfstudio_softmining.samplers.images import PixelSamples
 from nerfstudio_softmining.samplers.registry import register
 from nerfstudio_softmining.samplers.residual import ResidualSampler
-from nerfstudio_softmining.settings import Fraction, PositiveCount, PositiveFraction
+from nerfstudio_softmining.settings import Fraction, Interval, PositiveCount
 
 EPSILON = 1e-30
 """Keeps errors of zero from being divided by."""
@@ -37,8 +38,8 @@ class EvosConfig(SamplerConfig):
     """Steps between two evaluations of the fitness at the start."""
     last_interval: PositiveCount = 50
     """Steps between two evaluations of the fitness at the end; linear in between."""
-    selected_fraction: PositiveFraction = 0.5
-    """Fraction of the candidates that make up a batch, in (0, 1]."""
+    selected_fraction: Annotated[float, Interval(0.01, 1)] = 0.5
+    """Fraction of the candidates that make up a batch, in [0.01, 1]."""
     mutated_fraction: Fraction = 0.5
     """Fraction of a batch that is drawn from the candidates that are not the fittest, in [0, 1]."""
     side: PositiveCount = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -106,7 +107,7 @@ class TrainingImages:
         self._background = None if background is None else background.to(device)
 
         self._mask = self.values.get("mask") if use_mask else None
-        self._crop, self._premultiplied = fisheye_crop_radius, premultiplied
+        self._crop, self._premultiplied = capped_radius(fisheye_crop_radius, self.sizes), premultiplied
         self.is_equirectangular = is_equirectangular
         self.all_valid = self._mask is None and fisheye_crop_radius is None
         """Whether every pixel may be drawn."""
@@ -117,6 +118,10 @@ class TrainingImages:
         self._run_ends = None if self.is_even else self._count_runs()
         self.total = self.num_pixels if self._run_ends is None else int(self._run_ends[-1])
         """Sum of the integer weights of all pixels."""
+        if self.total == 0 and self._mask is None:
+            raise SettingError(
+                "fisheye_crop_radius", fisheye_crop_radius, "it leaves no pixel to train on. Set it to 1 or more."
+            )
         if self.total == 0:
             raise SettingError(
                 "ignore_mask",
@@ -326,6 +331,11 @@ def to_colours(values: Tensor, background: Float[Tensor, " 3"] | None) -> Float[
     if background is not None and values.shape[-1] == 4:
         values = values[..., :3] * values[..., 3:] + background * (1 - values[..., 3:])
     return values
+
+
+def capped_radius(radius: float | None, sizes: Iterable[tuple[int, int]]) -> float | None:
+    """Return the radius of a crop around the centre; of larger ones, one that leaves all pixels of all images."""
+    return None if radius is None else min(radius, 1 + math.hypot(*map(max, zip(*sizes, strict=True))) / 2)
 
 
 def nth(marks: Bool[Tensor, "n m"], rank: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:

@@ -9,7 +9,7 @@ by the density of the whole mixture, the balance heuristic of Veach and Guibas (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -24,7 +24,7 @@ from nerfstudio_softmining.samplers.cells import PixelDensity
 from nerfstudio_softmining.samplers.detail import ERROR_POWER, Detail, DetailConfig, DetailState
 from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
 from nerfstudio_softmining.samplers.registry import register
-from nerfstudio_softmining.settings import Fraction, NonNegative, PositiveCount
+from nerfstudio_softmining.settings import Fraction, Interval, NonNegative
 
 
 @dataclass
@@ -35,10 +35,10 @@ class MixtureConfig(DetailConfig):
     """Fraction of each batch that follows the chains, in [0, 1]."""
     uniform_fraction: Fraction = 0.1
     """Fraction of each batch that is drawn uniformly over all images, in [0, 1]; the rest is drawn from the map."""
-    error_exponent: NonNegative = 1.0
+    error_exponent: Annotated[float, Interval(0, 8)] = 1.0
     """Power of the ratio of observed to predicted error that scales the density of the map; 0 leaves the detail
     alone."""
-    pool_size: PositiveCount = 8
+    pool_size: Annotated[int, Interval(1, 256)] = 8
     """Chains for each ray that follows one. They take turns: rays of successive batches are far apart, and the batches
     of as many steps are drawn together."""
     noise: NonNegative = 2e-2
