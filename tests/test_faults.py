@@ -156,6 +156,20 @@ def test_a_full_disk_ends_a_fit_with_the_name_of_the_file_and_it_goes_on(limit, 
     assert run(photo_file, full) == 0 and qualities(full) == qualities(whole)
 
 
+def test_a_fit_that_ended_between_its_first_result_and_its_checkpoint_is_made_anew(photo_file, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(photo_file, whole) == 0
+
+    def ended(*_: object) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(image, "save", ended)
+        run(photo_file, broken)
+    assert len(qualities(broken)) == 1 and not list(broken.rglob("checkpoint.pt"))
+    assert run(photo_file, broken) == 0 and qualities(broken) == qualities(whole)
+
+
 # --------------------------------------------------------------------------------------------- folders without a place
 
 

@@ -153,7 +153,8 @@ def _train(
     settings, at = run.settings, run.at
     entries = results.entries(scene, settings.sampler, settings.seed)
     evaluated = {entry["iteration"] for entry in entries}
-    state = load(run.checkpoint, photo.values.device) if entries or run.checkpoint.exists() else None
+    # results come first: a process that ends before its first checkpoint leaves them alone, and is made anew
+    state = load(run.checkpoint, photo.values.device) if run.checkpoint.exists() else None
     if state is not None and not evaluated.issuperset(i for i in at if i <= state["iteration"]):
         raise UserError(
             f"{results.path} lacks results of {run.checkpoint}, which is at iteration {state['iteration']}. Remove the "
