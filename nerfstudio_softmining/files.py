@@ -24,8 +24,8 @@ class CannotWriteError(UserError):
 
     def __init__(self, path: Path | str, error: OSError) -> None:
         fix = "Free some space" if error.errno in NO_PLACE else "Make it writable, or name another place"
-        reason = error.strerror or str(error)
-        super().__init__(f"{path} cannot be written ({reason}). {fix}, then run the same command again.")
+        self.cause = f"{path} cannot be written ({error.strerror or error})"
+        super().__init__(f"{self.cause}. {fix}, then run the same command again.")
 
 
 @contextlib.contextmanager

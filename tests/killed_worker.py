@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from nerfstudio.scripts.train import train_loop
-from trainings import small_config
+from trainer_cases import small_config
 
 from nerfstudio_softmining.plugin import checkpoints
 from nerfstudio_softmining.plugin.trainer import RESUME, SoftMiningTrainer

@@ -153,7 +153,7 @@ def test_rays_are_drawn_from_the_last_checkpoint(tmp_path: Path) -> None:
     for _ in range(40):
         rays = sampler.sample(batch)
         sampler.update(feed(rays["mining"], importance=0.02 + 0.88 * (rays["indices"][:, 0] == 1)))
-    state = {"pipeline": {"datamanager._extra_state": {"sampler": sampler.state_dict()}}}
+    state = {"step": 999, "pipeline": {"datamanager._extra_state": {"sampler": sampler.state_dict()}}, "optimizers": {}}
     (folder / "step-000000499.ckpt").write_text("an older one")
     torch.save(state, folder / "step-000000999.ckpt")
     indices = demo.next_rays(tmp_path, images)

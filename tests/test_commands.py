@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainings import METHOD, assert_same, flat
+from trainer_cases import METHOD, assert_same, flat
 
 from nerfstudio_softmining.demo.scene import CAMERA_ANGLE_X, orbit, render_view, write_scene
 from nerfstudio_softmining.plugin import compat

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from killed_worker import MOMENTS
-from trainings import assert_same, checkpoints, make_trainer, read, small_config
+from trainer_cases import assert_same, checkpoints, make_trainer, read, small_config
 
 from nerfstudio_softmining.demo.scene import write_scene
 

@@ -13,6 +13,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.files import naming_file
 from nerfstudio_softmining.plugin import compat
 
 
@@ -20,20 +21,21 @@ def write(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint beside its place and move it there, so that a crash leaves a whole file or none.
 
     Raises:
-        OSError: if it cannot be written. Nothing is left of it then.
+        CannotWriteError: if it cannot be written. Nothing is left of it then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # nerfstudio takes every file among the checkpoints for one
     part = path.parent.with_name("incomplete.ckpt")
-    try:
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with naming_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def read(path: Path) -> dict[str, Any]:

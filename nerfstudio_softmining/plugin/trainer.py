@@ -16,6 +16,7 @@ from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from nerfstudio_softmining import files
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import checkpoints
 
@@ -130,10 +131,10 @@ class SoftMiningTrainer(Trainer):
                 path,
             )
             self._write_resume(step, path)
-        except OSError as error:
-            message = f"the checkpoint {path} could not be written: {error.strerror}. {self._kept()}"
+        except files.CannotWriteError as error:
+            message = f"the checkpoint {error.cause}. {self._kept()}"
             if self.training_state == "completed":
-                raise UserError(f"{message} Make room, and go on from there.") from error
+                raise UserError(f"{message} Free some space, and go on from there.") from error
             CONSOLE.print(f"Training goes on, but {message}", style="red", markup=False)
             return
         if self.config.save_only_latest_checkpoint:
@@ -158,9 +159,7 @@ class SoftMiningTrainer(Trainer):
         decay_steps = getattr(config, "decay_steps", 0)
         if decay_steps is None:  # of methods whose learning rates fall over the whole training
             changes["decay_steps"] = config.max_num_iterations
-        part = path.with_suffix(".part")
-        part.write_text(yaml.dump(dataclasses.replace(config, **changes)), encoding="utf8")
-        part.replace(path)
+        files.write(yaml.dump(dataclasses.replace(config, **changes)), path)
 
     def _kept(self) -> str:
         """Say which checkpoint is there."""
