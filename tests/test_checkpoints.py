@@ -270,11 +270,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_training_go
     assert yaml.load((config.get_base_dir() / RESUME).read_text(), Loader=yaml.Loader).load_checkpoint == path
 
 
+@pytest.fixture
+def usual_signals() -> Iterator[dict[int, Any]]:
+    """Signals as a terminal has them; they are ignored where the tests run in the background or under nohup."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield usual
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_the_step_and_the_rest_goes_on_bit_for_bit(scene, trained, tmp_path, stop):
+def test_a_signal_saves_the_step_and_the_rest_goes_on_bit_for_bit(scene, trained, tmp_path, stop, usual_signals):
     config = small_config(scene, tmp_path, STEPS)
     trainer = make_trainer(config)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
     def interrupt(step: int) -> None:
         if step == 6:
@@ -284,7 +293,7 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_bit_for_bit(scene, trained
     with pytest.raises(SystemExit) as end:
         trainer.train()
     assert end.value.code == 128 + stop
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert usual_signals == {number: signal.getsignal(number) for number in usual_signals}
     (path,) = checkpoints(config)
     assert read(path)["step"] == 6
     resume = config.get_base_dir() / RESUME
@@ -293,7 +302,7 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_bit_for_bit(scene, trained
     assert not resume.exists()
 
 
-def test_a_second_interrupt_ends_at_once(scene, folder):
+def test_a_second_interrupt_ends_at_once(scene, folder, usual_signals):
     config = resumed(scene, folder, steps=4)
     trainer = make_trainer(config)
 
@@ -307,19 +316,16 @@ def test_a_second_interrupt_ends_at_once(scene, folder):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_signals_that_are_ignored_stay_ignored(scene, folder):
+def test_signals_that_are_ignored_stay_ignored(scene, folder, usual_signals):
     """As SIGHUP is under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        trainer = make_trainer(resumed(scene, folder))
-        trainer.callbacks.append(
-            TrainingCallback(
-                [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], lambda step: signal.raise_signal(signal.SIGHUP), 1
-            )
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    trainer = make_trainer(resumed(scene, folder))
+    trainer.callbacks.append(
+        TrainingCallback(
+            [TrainingCallbackLocation.AFTER_TRAIN_ITERATION], lambda step: signal.raise_signal(signal.SIGHUP), 1
         )
-        trainer.train()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    )
+    trainer.train()
 
 
 def test_a_checkpoint_is_a_file_of_torch(trained):
