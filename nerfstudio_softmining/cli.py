@@ -11,8 +11,8 @@ from pathlib import Path
 import tyro
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.files import file_name
 from nerfstudio_softmining.images.config import FitConfig
-from nerfstudio_softmining.paths import file_name
 
 
 def demo(output: Path = Path("softmining_demo"), iterations: int = 500, seed: int = 42) -> int:

@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, and errors that name them."""
+"""Files that are written whole or not at all, errors that name them, and names that lead nowhere else."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from nerfstudio_softmining.errors import UserError
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors of a disk without space."""
+FORBIDDEN = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
+"""What some file system gives a meaning of its own, or refuses."""
 
 
 class CannotWriteError(UserError):
@@ -77,3 +80,13 @@ def save_figure(figure: Any, path: Path, **options: Any) -> None:
     """Write a figure of matplotlib to a file, with the options of its `savefig`."""
     with replacing(path) as part:
         figure.savefig(part, **options)
+
+
+def file_name(name: str) -> str:
+    """Return a name as one part of a path, which leads neither up nor down.
+
+    >>> file_name("nerf_synthetic/lego"), file_name("langevin,noise=0.03"), file_name("..")
+    ('nerf_synthetic_lego', 'langevin,noise=0.03', '__')
+    """
+    plain = FORBIDDEN.sub("_", name)
+    return plain if plain.strip(". ") else "_" * max(1, len(plain))

@@ -28,9 +28,9 @@ from nerfstudio_softmining.bench.run_page import page
 from nerfstudio_softmining.demo import demo
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.files import file_name
 from nerfstudio_softmining.images import fit, image
 from nerfstudio_softmining.images.config import FitConfig
-from nerfstudio_softmining.paths import file_name
 from nerfstudio_softmining.plugin import compat
 
 CLIMBS = "../../../../outside"

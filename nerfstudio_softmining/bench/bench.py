@@ -17,7 +17,7 @@ from nerfstudio_softmining.bench.results import Results, check_flags, make_progr
 from nerfstudio_softmining.bench.step_time import run_step_time
 from nerfstudio_softmining.bench.training import Run, train
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.paths import file_name
+from nerfstudio_softmining.files import file_name
 from nerfstudio_softmining.plugin import compat
 
 

@@ -16,7 +16,7 @@ from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.engine.trainer import TrainerConfig
 
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.paths import file_name
+from nerfstudio_softmining.files import file_name
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.samplers import registry
 from nerfstudio_softmining.settings import apply, suits

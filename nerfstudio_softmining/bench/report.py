@@ -23,8 +23,6 @@ from rich.text import Text
 
 from nerfstudio_softmining import files
 from nerfstudio_softmining.bench.preset import Preset
-from nerfstudio_softmining.files import save_figure
-from nerfstudio_softmining.paths import file_name
 
 BASELINE = "uniform"
 """Sampler that the others are compared with."""
@@ -66,14 +64,14 @@ def write(preset: Preset, results: dict, output: Path) -> None:
             console.print(f"\n## {scene}\n")
             for table in tables(preset.targets, scene_runs):
                 console.print(table)
-            name = file_name(str(scene))
-            save_figure(plot_convergence(scene_runs), output / f"{name}_convergence.png", dpi=150)
-            save_figure(plot_speed_up(preset.targets, scene_runs), output / f"{name}_speed_up.png", dpi=150)
+            name = files.file_name(str(scene))
+            files.save_figure(plot_convergence(scene_runs), output / f"{name}_convergence.png", dpi=150)
+            files.save_figure(plot_speed_up(preset.targets, scene_runs), output / f"{name}_speed_up.png", dpi=150)
             console.print(f"\n![PSNR against iterations and seconds]({name}_convergence.png)")
             console.print(f"\n![Iterations to given PSNRs]({name}_speed_up.png)")
             figure = plot_pictures(scene_runs, output / "pictures" / name)
             if figure is not None:
-                save_figure(figure, output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
+                files.save_figure(figure, output / f"{name}_pictures.jpg", dpi=110, pil_kwargs={"quality": 85})
                 console.print(f"\n![Renders and their errors]({name}_pictures.jpg)")
         if runs["scene"].nunique() > 1:
             console.print("\n## All scenes\n")
@@ -309,7 +307,7 @@ def plot_speed_up(targets: Sequence[float], runs: pd.DataFrame) -> Figure:
 
 def plot_pictures(runs: pd.DataFrame, folder: Path) -> Figure | None:
     """Plot renders of one held-out view and their errors, a row for each sampler (figures 1 and 5)."""
-    samplers = [sampler for sampler in runs["sampler"].unique() if (folder / file_name(sampler)).is_dir()]
+    samplers = [sampler for sampler in runs["sampler"].unique() if (folder / files.file_name(sampler)).is_dir()]
     steps = sorted(runs["iteration"].unique())
     if not samplers:
         return None
@@ -323,7 +321,7 @@ def plot_pictures(runs: pd.DataFrame, folder: Path) -> Figure | None:
     for row, sampler in zip(grid, samplers, strict=True):
         row[0].set_ylabel(sampler, fontsize="small")
         for axes, error_axes, step in zip(row[::2], row[1::2], steps, strict=True):
-            picture = cv2.imread(str(folder / file_name(sampler) / f"{step}.png"))
+            picture = cv2.imread(str(folder / files.file_name(sampler) / f"{step}.png"))
             if picture is not None:
                 truth, render = np.split(picture[..., ::-1] / 255.0, 2, axis=1)
                 axes.imshow(render)

@@ -108,7 +108,7 @@ def load_run(path: Path, max_views: int) -> Run:
 
     compat.prepare("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with compat.lazy_lpips():
+        with compat.lenient_metrics():
             config, pipeline, _, step = eval_setup(path, test_mode="test", update_config_callback=at_its_place)
     except (OSError, AssertionError, IndexError, ValueError, RuntimeError, KeyError) as error:
         if isinstance(error, UserError):

@@ -33,7 +33,6 @@ from nerfstudio_softmining.bench.preset import Preset, Scene, trainer_config
 from nerfstudio_softmining.bench.report import make_table, markdown_file
 from nerfstudio_softmining.bench.results import device_name, make_progress
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.paths import file_name
 from nerfstudio_softmining.plugin import compat
 
 STAGES = ("draw", "rays", "batch", "forward", "loss", "backward", "optimizers", "update")
@@ -90,7 +89,7 @@ def run_step_time(preset: Preset, data: Path, output: Path) -> bool:
         for path, of_scene in costs.items():
             if not of_scene:
                 continue
-            tables, name = make_tables(of_scene), file_name(path)
+            tables, name = make_tables(of_scene), files.file_name(path)
             CONSOLE.rule(Text(path))
             console.print(f"\n## {path}\n")
             for table in tables:
@@ -179,7 +178,7 @@ def _work(
         config = trainer_config(scene, sampler, seed, data, runs)
         _set_random_seed(seed)
         config.get_base_dir().mkdir(parents=True, exist_ok=True)  # a viewer logs there
-        with compat.lazy_lpips():
+        with compat.lenient_metrics():
             trainer: Trainer = config.setup(local_rank=0, world_size=1)
             trainer.setup(test_mode="test")
         trainer.pipeline.train()

@@ -82,7 +82,7 @@ def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:
     """Return a trainer, resumed from the last checkpoint if there is one that can be read."""
     config.load_dir = checkpoints if any(checkpoints.glob("*.ckpt")) else None
     _set_random_seed(config.machine.seed)
-    with compat.lazy_lpips():
+    with compat.lenient_metrics():
         trainer: Trainer = config.setup(local_rank=0, world_size=1)
         try:
             trainer.setup(test_mode="test")

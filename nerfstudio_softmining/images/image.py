@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.bench.results import Results, check_flags, make_progress, write_bytes
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.files import file_name
 from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images import report
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, Settings, fingerprint, load, load_field, make_settings, render, save
 from nerfstudio_softmining.images.photo import Photo, fit_within
-from nerfstudio_softmining.paths import file_name
 
 LIVE_PSNR_EVERY = 100
 """Iterations between two updates of the PSNR in the progress bar."""

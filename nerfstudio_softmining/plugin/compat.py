@@ -176,7 +176,7 @@ def ssim(prediction: Tensor, truth: Tensor, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def lazy_lpips() -> Iterator[None]:
+def lenient_metrics() -> Iterator[None]:
     """Within this, models that build LPIPS and SSIM get [Lpips][] and [ssim][], wherever they have imported these."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 

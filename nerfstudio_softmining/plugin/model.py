@@ -68,7 +68,7 @@ class SoftMiningMixin(Model):
 
     def populate_modules(self) -> None:
         """Build the model."""
-        with compat.lazy_lpips():
+        with compat.lenient_metrics():
             super().populate_modules()
         self._outer_sampler().register_forward_hook(self._attach_pixel_gradient, with_kwargs=True)
         self.rgb_loss = self._weighted_loss()
