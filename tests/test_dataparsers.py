@@ -19,6 +19,7 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.utils import colmap_parsing_utils as colmap
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from nerfstudio_softmining.demo.scene import write_scene
 
@@ -66,7 +67,7 @@ def write_views(folder: Path, pictures: str) -> list[tuple[str, NDArray]]:
     return views
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
     with_folder(path).write_text(json.dumps(content))
 
 
@@ -233,6 +234,39 @@ def sitcoms3d_data(folder: Path) -> int:
     return COUNT
 
 
+def nuscenes_data(folder: Path) -> int:
+    """Write the tables of a drive past one camera, its pictures of the only size that the format has, and masks."""
+    size = (1600, 900)
+    tables: dict[str, list[dict]] = {
+        "log": [{"token": "log"}],
+        "map": [{"token": "map", "log_tokens": ["log"], "filename": "maps/map.png"}],
+        "scene": [{"token": "scene", "name": "scene-0001"}],
+        "sensor": [{"token": "sensor", "channel": "CAM_FRONT", "modality": "camera"}],
+    }
+    picture = np.full((8, 8), 255, np.uint8)
+    cv2.imwrite(str(with_folder(folder / "maps/map.png")), picture)
+    camera = [[1200.0, 0.0, size[0] / 2], [0.0, 1200.0, size[1] / 2], [0.0, 0.0, 1.0]]
+    still = {"translation": [0.0, 0.0, 0.0], "rotation": [1.0, 0.0, 0.0, 0.0]}
+    tables["calibrated_sensor"] = [{"token": "camera", "sensor_token": "sensor", "camera_intrinsic": camera, **still}]
+    for number, (path, pose) in enumerate(write_views(folder, "samples/CAM_FRONT/{}.jpg")):
+        pixels = cv2.imread(str(folder / path))
+        cv2.imwrite(str(folder / path), cv2.resize(pixels, size))
+        mask = with_folder(folder / "masks/CAM_FRONT" / f"{Path(path).stem}.png")
+        cv2.imwrite(str(mask), cv2.resize(picture, size))
+        token = f"{number}"
+        x, y, z, w = Rotation.from_matrix((pose @ OPENCV)[:3, :3]).as_quat()
+        place = {"translation": pose[:3, 3].tolist(), "rotation": [w, x, y, z]}
+        data = {"sample_token": token, "calibrated_sensor_token": "camera", "ego_pose_token": token, "filename": path}
+        tables.setdefault("sample", []).append({"token": token, "scene_token": "scene", "timestamp": number})
+        tables.setdefault("ego_pose", []).append({"token": token, **place})
+        tables.setdefault("sample_data", []).append({"token": token, "is_key_frame": True, **data})
+    for name in ("category", "attribute", "visibility", "instance", "sample_annotation"):
+        tables[name] = []
+    for name, table in tables.items():
+        write_json(folder / "v1.0-mini" / f"{name}.json", table)
+    return 9
+
+
 def distance_of_the_seen_point(poses: torch.Tensor) -> float:
     """Return how far in front of cameras [cameras, 3, 4] on a circle the point is that all of them look at."""
     place, direction = poses[:, :, 3], -poses[:, :, 2]
@@ -242,7 +276,9 @@ def distance_of_the_seen_point(poses: torch.Tensor) -> float:
     return distance
 
 
-def check(folder: Path, parser: str, num_images: int, method: str = "nerfacto-lite", **settings) -> list[dict]:
+def check(
+    folder: Path, parser: str, num_images: int, method: str = "nerfacto-lite", scale: float = 1.0, **settings
+) -> list[dict]:
     """Train on a scene and evaluate a view of it; return the losses of each step."""
     config = deepcopy(all_methods[f"softmining-{method}"]).pipeline
     config.datamanager.dataparser = deepcopy(all_dataparsers[parser])
@@ -250,6 +286,7 @@ def check(folder: Path, parser: str, num_images: int, method: str = "nerfacto-li
         setattr(config.datamanager.dataparser, name, value)
     config.datamanager.data = folder
     config.datamanager.train_num_rays_per_batch = RAYS
+    config.datamanager.camera_res_scale_factor = scale
     for name, value in SMALL[method].items():
         setattr(config.model, name, value)
     if hasattr(config.model, "sdf_field"):
@@ -307,6 +344,12 @@ def test_trains_on_a_scene_of_every_format(tmp_path, parser, write):
         "instant-ngp-data": {"train_split_fraction": 0.8},  # nerfstudio 1.1.5 fails on a single held-out image
     }
     check(folder, parser, write(folder), **settings.get(parser, {}))
+
+
+def test_trains_on_a_scene_of_nuscenes(tmp_path):
+    """Its data is the name of a scene, and the folder is a setting of its own."""
+    num_images = nuscenes_data(tmp_path)
+    check(Path("scene-0001"), "nuscenes-data", num_images, scale=1 / 50, data_dir=tmp_path, mask_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,11 @@ def grey(folder: Path) -> None:
     Image.open(file).convert("L").save(file)
 
 
+def one_colour(folder: Path) -> None:
+    for file in (write_capture(folder, 3) / "images").iterdir():
+        Image.new("RGB", Image.open(file).size, (128, 128, 128)).save(file)
+
+
 CAPTURES: dict[str, tuple[Callable[[Path], object], dict]] = {
     "one image": (lambda folder: write_capture(folder, 1), AT_ONE_PLACE),
     "one image of one pixel": (of_sizes((1, 1)), AT_ONE_PLACE),
@@ -177,6 +182,7 @@ CAPTURES: dict[str, tuple[Callable[[Path], object], dict]] = {
     "all transparent": (with_alpha(0, {0, 1, 2}), {}),
     "one transparent, others RGB": (with_alpha(0, {1}), {}),
     "one grey": (grey, {}),
+    "all of one colour": (one_colour, {}),
     "two cameras alike": (same_pose(0, 1), {}),
     "all cameras alike": (same_pose(0, 1, 2), AT_ONE_PLACE),
 }
