@@ -20,6 +20,7 @@ from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.bench.results import write_bytes
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.trainer import RESUME
 
 METRICS = ("psnr", "ssim", "lpips")
 
@@ -76,6 +77,7 @@ def train(run: Run, on_evaluation: Callable[[dict], None], on_step: Callable[[in
         if iteration < run.at[-1]:
             trainer.save_checkpoint(step)  # after its evaluation is written, which has the seconds until then
     shutil.rmtree(checkpoints, ignore_errors=True)  # some hundred megabytes that nothing reads any more
+    (run.config.get_base_dir() / RESUME).unlink(missing_ok=True)
 
 
 def _set_up(config: TrainerConfig, checkpoints: Path) -> Trainer:

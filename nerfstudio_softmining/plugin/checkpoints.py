@@ -54,11 +54,9 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=compat.allow_numpy_scalars_in_checkpoints())
     except Exception as error:  # torch raises almost anything
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"the checkpoint {path} cannot be read ({reason}). Name another by --load-checkpoint."
-        ) from error
+        raise UserError(f"the checkpoint {path} cannot be read ({reason}). Use another one.") from error
     if not isinstance(state, dict) or not {"step", "pipeline", "optimizers"} <= state.keys():
-        raise UserError(f"{path} is not a checkpoint of nerfstudio. Name another by --load-checkpoint.")
+        raise UserError(f"{path} is not a checkpoint of nerfstudio. Use another one.")
     return state
 
 
@@ -73,7 +71,7 @@ def read_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
         try:
             return path, read(path)
         except UserError as error:
-            CONSOLE.print(f"{error}".replace(" Name another by --load-checkpoint.", ""), style="yellow", markup=False)
+            CONSOLE.print(str(error), style="yellow", markup=False)
     found = f"{len(paths)} checkpoints, none of which can be read" if paths else "no checkpoints"
     inner = folder / "nerfstudio_models"
     hint = f"Set it to {inner}." if inner.is_dir() else "Set it to the nerfstudio_models folder of a run."
