@@ -97,7 +97,6 @@ def train(config: Any, pipe: int, moment: str | None) -> None:
 
 
 def main(scene: Path, folder: Path, steps: int, seed: int, num_kills: int) -> None:
-    torch.set_num_threads(1)
     chance = random.Random(seed)
     moments: list[str | None] = list(MOMENTS) if num_kills == 0 else [None] * num_kills
     for number, moment in enumerate((*moments, None)):

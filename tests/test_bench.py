@@ -74,6 +74,7 @@ def qualities(output: Path) -> dict:
     return {(run["sampler"], run["seed"], run["iteration"]): (run["psnr"], run["ssim"]) for run in runs}
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_and_equals_an_uninterrupted_one(data, tmp_path):
     path = write_preset(tmp_path)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -334,6 +335,7 @@ def test_steps_are_timed_beside_stock_nerfacto_with_the_same_model(data, tmp_pat
     assert (output / "scene_stages.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_timed_is_named_and_the_others_are_timed(data, tmp_path):
     (tmp_path / "empty" / "broken").mkdir(parents=True)
     (tmp_path / "empty" / "scene").symlink_to(data / "scene")

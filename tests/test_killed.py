@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from killed_worker import MOMENTS
 from trainer_cases import assert_same, checkpoints, make_trainer, read, small_config
 
@@ -34,6 +36,7 @@ def train(folder: Path, steps: int, seed: int, num_kills: int) -> list[str]:
     make_trainer(whole).train()
     done = subprocess.run(
         [sys.executable, WORKER, scene, folder / "killed", str(steps), str(seed), str(num_kills)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # more threads add up in another order
         capture_output=True,
         text=True,
         timeout=900,
