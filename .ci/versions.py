@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COPIED = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "outputs", "softmining_demo")
 METHOD = "softmining-nerfacto-lite-blender"
-FAST_TESTS = ("mining_*", "compat", "samplers*", "plugin_is_harmless", "cuda_path", "every_method")
+FAST_TESTS = ("mining_*", "compat", "checkpoints", "samplers*", "plugin_is_harmless", "cuda_path", "every_method")
 MINUTES = 45
 """Time limit of each command."""
 TAIL_LINES = 25
