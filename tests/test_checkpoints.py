@@ -91,6 +91,8 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_named(scene, fo
     printed = capsys.readouterr().out
     assert paths[-1].name in printed.replace("\n", "") and trainer._start_step == 9
     trainer.train()
+    printed = capsys.readouterr().out
+    assert "9 (81.82%)" in printed and "(100" not in printed  # of 11 steps in all
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
@@ -71,6 +71,12 @@ class SoftMiningTrainer(Trainer):
         self._signals = StopSignals()
         self._last_step: int | None = None
         """The last step that has been trained here."""
+
+    def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
+        """Set up data, model, viewer and logs."""
+        super().setup(test_mode)
+        # nerfstudio's progress counts the steps before a checkpoint as done, but not as steps to do
+        writer.GLOBAL_BUFFER["max_iter"] = self._start_step + self.config.max_num_iterations
 
     def train(self) -> None:
         """Train the model."""
