@@ -42,10 +42,12 @@ def naming_file(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         reason: BaseException | None = error
-        while reason is not None and not isinstance(reason, OSError):
+        while isinstance(reason, Exception) and not isinstance(reason, OSError):
             reason = reason.__context__  # torch.save raises another error where it cannot end the file
         if reason is None:
             raise
+        if not isinstance(reason, OSError):  # Ctrl-C
+            raise reason from None
         raise CannotWriteError(reason.filename or path, reason) from error
 
 

@@ -22,6 +22,7 @@ from trainer_cases import METHOD, assert_same, checkpoints, make_trainer, read, 
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.checkpoints import write
 from nerfstudio_softmining.plugin.pixel_sampler import SPECS
 from nerfstudio_softmining.plugin.trainer import RESUME
 
@@ -316,6 +317,37 @@ def test_a_second_interrupt_ends_at_once(scene, folder, usual_signals):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("num_writes", range(5))
+def test_an_interrupt_while_a_checkpoint_is_written_is_no_other_error(tmp_path, monkeypatch, num_writes):
+    """torch.save raises an error of its own where the file cannot be ended."""
+    path = tmp_path / "nerfstudio_models" / "step-000000001.ckpt"
+    write({"step": 1}, path)
+    open_file = Path.open
+
+    class Interrupted:
+        def __init__(self, file: Any) -> None:
+            self.file, self.left = file, num_writes
+
+        def write(self, part: bytes) -> int:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            return self.file.write(part)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    @contextlib.contextmanager
+    def interrupted(*arguments: Any) -> Iterator[Interrupted]:
+        with open_file(*arguments) as file:
+            yield Interrupted(file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "open", interrupted)
+        write({"step": 2, "weights": torch.ones(100_000)}, path)
+    assert read(path) == {"step": 1} and [file.name for file in tmp_path.rglob("*") if file.is_file()] == [path.name]
 
 
 def test_signals_that_are_ignored_stay_ignored(scene, folder, usual_signals):
