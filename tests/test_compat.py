@@ -25,7 +25,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(compat.Lpips, "_metric", None)
-    monkeypatch.setattr(compat.Lpips, "_warned", False)
+    monkeypatch.setattr(compat.Lpips, "is_missing", False)
     return tmp_path
 
 

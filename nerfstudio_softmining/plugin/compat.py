@@ -132,17 +132,16 @@ class Lpips:
     """
 
     _metric: torch.nn.Module | None = None
-    _warned = False
+    is_missing = False
+    """Whether the weights could not be had."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._arguments, self._options = arguments, options
 
     def __call__(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        if min(truth.shape[-2:]) < LPIPS_SIDE:
-            return torch.tensor(float("nan"))
-        if not Lpips._warned and Lpips._metric is None:
+        if not Lpips.is_missing and Lpips._metric is None:
             Lpips._metric = self._build()
-        if Lpips._metric is None:
+        if Lpips._metric is None or min(truth.shape[-2:]) < LPIPS_SIDE:
             return torch.tensor(float("nan"))
         return Lpips._metric.to(prediction.device)(prediction, truth)
 
@@ -155,7 +154,7 @@ class Lpips:
             with fork_random_state():  # building draws weights
                 return LearnedPerceptualImagePatchSimilarity(*self._arguments, **self._options)
         except (OSError, RuntimeError) as error:
-            Lpips._warned = True
+            Lpips.is_missing = True
             CONSOLE.print(
                 f"[yellow]LPIPS is left out of the metrics: its weights are not in {torch.hub.get_dir()}/checkpoints "
                 f"and could not be downloaded ({error}).[/yellow]"

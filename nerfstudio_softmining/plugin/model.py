@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -193,8 +192,9 @@ class SoftMiningMixin(Model):
     def get_image_metrics_and_images(self, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Compute the model's own metrics; LPIPS is left out where its weights are missing."""
         metrics, images = super().get_image_metrics_and_images(outputs, batch)
-        for name in [name for name in metrics if "lpips" in name and math.isnan(metrics[name])]:
-            del metrics[name]
+        # NaN of a single tiny image stays, as nerfstudio's mean over images needs the same metrics of each
+        if compat.Lpips.is_missing:
+            metrics = {name: value for name, value in metrics.items() if "lpips" not in name}
         return metrics, images
 
     def get_training_callbacks(
@@ -240,8 +240,8 @@ class SoftMiningMixin(Model):
         fitted, anew = checkpoints.fitted_parameters(self, state_dict, self.num_train_data)
         if anew and strict:  # nerfstudio tries once more where the checkpoint lacks something else
             CONSOLE.print(
-                f"[yellow]The checkpoint is of another number of training images than {self.num_train_data}. What it "
-                f"has for each of them starts anew: {', '.join(anew)}.[/yellow]"
+                f"[yellow]The checkpoint does not fit {self.num_train_data} training images. What belongs to single "
+                f"images starts anew: {', '.join(anew)}.[/yellow]"
             )
         return super().load_state_dict(fitted, strict, assign)
 

@@ -101,7 +101,7 @@ class SoftMiningTrainer(Trainer):
         self._signals.release()
         received = self._signals.received
         if self._last_step is not None:
-            self.step = self._last_step  # where it was told to stop, nerfstudio has counted one more
+            self.step = self._last_step  # after a stop, nerfstudio's own count is one step ahead
         if received is None:
             super()._after_train()
             return
