@@ -121,7 +121,9 @@ def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = No
         metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
         rows.append(metrics)
         if picture is not None and not picture.exists():
-            write_bytes(255 * images["img"].clamp(0, 1).cpu().numpy(), picture)
+            # models of a coarse and a fine stage have the render of each beside the truth
+            image, width = images["img"].clamp(0, 1).cpu(), int(camera.width)
+            write_bytes(255 * torch.cat((image[:, :width], image[:, -width:]), dim=1).numpy(), picture)
     pipeline.train()
     # models of a coarse and a fine stage have metrics of each
     means = {key: float(np.mean([row.get(key, row.get(f"fine_{key}", math.nan)) for row in rows])) for key in METRICS}
