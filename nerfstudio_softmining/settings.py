@@ -117,7 +117,7 @@ def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) ->
     key = key.replace("-", "_")
     owners = [config for config in configs if is_dataclass(config) and key in {field.name for field in fields(config)}]
     if not equals or (required and not owners):
-        raise UserError(f"{sampler!r} has {setting!r}: neither the model nor the sampler has a setting {key!r}.")
+        raise UserError(f"{sampler!r} has {setting!r}: no part of the method has a setting {key!r}.")
     for owner in owners:
         value, hint = _literal(text), _without_none(get_type_hints(type(owner)).get(key))
         if get_origin(hint) is Literal and value not in get_args(hint):

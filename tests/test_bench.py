@@ -207,6 +207,11 @@ def test_settings_reach_their_place(tmp_path):
     assert peer.method_name == "nerfacto" and peer.pipeline.datamanager.train_num_rays_per_batch == 99
     weighted = preset.trainer_config(scene, "uniform-weighted", 0, tmp_path, tmp_path).pipeline
     assert (weighted.datamanager.pixel_sampler.kind, weighted.model.weight_by) == ("uniform", "importance")
+    surface = replace(scene, method="softmining-neus-facto", set=("inside_outside=False", "lr=1e-3", "warm_up_end=7"))
+    config = preset.trainer_config(surface, "mixture", 0, tmp_path, tmp_path)
+    fields = config.optimizers["fields"]
+    assert config.pipeline.model.sdf_field.inside_outside is False
+    assert (fields["optimizer"].lr, fields["scheduler"].warm_up_end) == (1e-3, 7)
 
 
 @given(st.lists(st.floats(10, 40), min_size=1, max_size=6), st.floats(5, 45))

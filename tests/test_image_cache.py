@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nerfstudio.data.utils.dataloaders import CacheDataloader
 from torch.utils.data import Dataset
 
 from nerfstudio_softmining.plugin.dataset import ImageCache
+from nerfstudio_softmining.samplers.images import TrainingImages
 
 SIZES = {"one size": [(4, 5)] * 7, "mixed sizes": [(4, 5), (4, 5), (6, 3), (4, 5), (2, 2)]}
 
@@ -51,6 +53,26 @@ def test_images_of_different_sizes_stay_apart(count):
     for place, index in enumerate(batch["image_idx"].tolist()):
         assert torch.equal(batch["image"][place], source[index]["image"])
         assert torch.equal(batch["mask"][place], source[index]["mask"])
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["as their cameras say", "one is not"])
+def test_images_of_different_sizes_are_views_of_one_tensor(rounded):
+    sizes = SIZES["mixed sizes"]
+    source = Images(sizes)
+    told = [(4, 6), *sizes[1:]] if rounded else sizes  # nerfstudio rounds sizes in one place and not in another
+    height, width = torch.tensor(told)[:, :, None].unbind(1)
+    source.cameras = SimpleNamespace(height=height, width=width)
+    batch = next(iter(ImageCache(source, device="cpu")))
+    for place, index in enumerate(batch["image_idx"].tolist()):
+        assert torch.equal(batch["image"][place], source[index]["image"])
+    del batch["name"]
+    before = [image.data_ptr() for image in batch["image"]]
+    images = TrainingImages(batch, len(source))
+    assert ([image.data_ptr() for image in batch["image"]] == before) != rounded
+    samples = images.uniform(50)
+    row, column = samples.pixels.unbind(-1)
+    expected = [source.images[i][r, c] / 255 for i, r, c in zip(samples.image_index, row, column, strict=True)]
+    assert torch.equal(images.lookup("image", samples), torch.stack(expected))
 
 
 def test_images_are_not_in_memory_twice():

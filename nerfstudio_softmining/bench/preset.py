@@ -43,7 +43,8 @@ class Scene:
     dataparser: str | None = None
     """Name of the dataparser, such as colmap; the method's own if None."""
     set: tuple[str, ...] = ()
-    """Settings of the model, the datamanager or the sampler, as name=value."""
+    """Settings as name=value: of the model, its SDF field, the datamanager, the sampler, the optimizers, their
+    schedulers."""
     same_settings: bool = False
     """Give other nerfstudio methods the model settings, batch size and learning rates of `method`."""
     name: str = ""
@@ -143,7 +144,8 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     if not is_sampler and scene.same_settings:
         config = _with_settings_of(all_methods[scene.method], config)
     model, manager = config.pipeline.model, cast(Any, config.pipeline.datamanager)
-    configs = [model, manager, getattr(manager, "pixel_sampler", None)]
+    configs = [model, getattr(model, "sdf_field", None), manager, getattr(manager, "pixel_sampler", None)]
+    configs += [part for group in config.optimizers.values() for part in group.values()]
     if is_sampler:
         if not hasattr(manager.pixel_sampler, "kind"):
             raise UserError(f"the sampler of {method} cannot be chosen. Name a softmining method for {scene.path}.")

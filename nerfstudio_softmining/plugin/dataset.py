@@ -8,10 +8,10 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nerfstudio_softmining.errors import UserError
+from nerfstudio_softmining.samplers.images import views
 
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, AssertionError, EOFError, cv2.error)
 """What nerfstudio raises for a damaged or missing image, mask or depth map."""
@@ -182,36 +183,49 @@ class ByteImages(Dataset):
 class ImageCache(CacheDataloader):
     """nerfstudio's cache, which needs no more memory than the images it keeps.
 
-    Images are decoded in parallel, and each goes straight to its place on the device. Images of different sizes stay
-    apart, on the device as well. Where some are RGBA, all are. `collate_fn` has no effect.
+    Images are decoded in parallel, and each goes straight to its place on the device. Images of different sizes are
+    views of one tensor [pixels, channels]. Where some are RGBA, all are. `collate_fn` has no effect.
     """
 
-    def _is_one_size(self) -> bool:
-        """Return whether all images are of one size, as far as the cameras tell."""
+    def _sizes(self, indices: list[int]) -> list[tuple[int, int]]:
+        """Return the height and width of each image that the cameras tell; none without cameras."""
         cameras = getattr(self.dataset, "cameras", None)
-        return cameras is None or all(len(size.unique()) == 1 for size in (cameras.height, cameras.width))
+        if cameras is None:
+            return []
+        return list(
+            zip(cameras.height[indices].flatten().tolist(), cameras.width[indices].flatten().tolist(), strict=True)
+        )
+
+    def _places(self, indices: list[int], devices: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor]]:
+        """Allocate memory for all images, as one tensor a key, and return the place in it of each image."""
+        first, sizes = cast(Any, self.dataset)[indices[0]], self._sizes(indices)
+        tensors = {key: value for key, value in first.items() if isinstance(value, Tensor)}
+        if len(set(sizes)) < 2:
+            return {
+                key: torch.empty(len(indices), *value.shape, dtype=value.dtype, device=devices[key])
+                for key, value in tensors.items()
+            }
+        total, size = sum(height * width for height, width in sizes), first["image"].shape[:2]
+        return {
+            key: views(torch.empty(total, *value.shape[2:], dtype=value.dtype, device=devices[key]), sizes)
+            for key, value in tensors.items()
+            if value.shape[:2] == size
+        }
 
     def _get_collated_batch(self) -> dict[str, Any]:
         assert isinstance(self.dataset, Sized)
         indices = random.sample(range(len(self.dataset)), k=self.num_images_to_sample_from)
         on_host = self.exclude_batch_keys_from_device or []
         devices = defaultdict(lambda: self.device, dict.fromkeys(on_host, "cpu"))
-        joined: dict[str, Tensor] = {}
+        joined = self._places(indices, devices)
         apart: dict[str, list[Tensor]] = {}
-        if self._is_one_size():
-            first = self.dataset[indices[0]]
-            joined = {
-                key: torch.empty(len(indices), *value.shape, dtype=value.dtype, device=devices[key])
-                for key, value in first.items()
-                if isinstance(value, Tensor)
-            }
 
         def load(place: int) -> dict[str, Any]:
             """Put what fits of an image in its place, and return the rest."""
             item = self.dataset[indices[place]]
             for key in joined.keys() & item.keys():
-                if item[key].shape == joined[key].shape[1:]:
-                    joined[key][place] = item.pop(key)
+                if item[key].shape == joined[key][place].shape:
+                    joined[key][place].copy_(item.pop(key))
             return item
 
         with ThreadPoolExecutor(os.cpu_count()) as executor:

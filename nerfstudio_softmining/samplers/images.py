@@ -361,7 +361,25 @@ def _joined(image_batch: dict, key: str) -> Tensor | None:
             f"the training images differ in their number of channels ({numbers} in '{key}'). Convert all of them to "
             "RGB or all to RGBA."
         )
+    if (joined := _shared_base(value)) is not None:
+        return joined
     flat = torch.cat([v.flatten(0, 1) for v in value])
-    sizes = [v.shape[0] * v.shape[1] for v in value]
-    image_batch[key] = [part.view(v.shape) for part, v in zip(flat.split(sizes), value, strict=True)]
+    image_batch[key] = views(flat, [v.shape[:2] for v in value])
     return flat
+
+
+def views(flat: Tensor, sizes: Iterable[tuple[int, int]]) -> list[Tensor]:
+    """Return views [height, width, ...], one for each size, of a tensor [pixels, ...] of all images."""
+    shapes = list(sizes)
+    parts = flat.split([height * width for height, width in shapes])
+    return [part.view(*shape, *flat.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _shared_base(values: list[Tensor]) -> Tensor | None:
+    """Return the tensor [pixels, ...] that all of the given images are views of by [views][], if there is one."""
+    base = values[0]._base
+    if base is None or any(value._base is not base for value in values):
+        return None
+    starts = itertools.accumulate((value.numel() for value in values), initial=0)
+    in_order = all(value.storage_offset() == start for value, start in zip(values, starts, strict=False))
+    return base if in_order and base.numel() == sum(value.numel() for value in values) else None
