@@ -1,9 +1,10 @@
-"""How far does the drift move chains on a photograph, where the error is low and where it is high?
+"""How far does the drift move chains on a photograph, and how much larger is the error where they are?
 
     python research/chain_steps.py PHOTO
 
 The table has the median drift in pixels, of the last 50 steps before an iteration, for the third of the chains with the
-lowest error, the middle third and the highest; and how many chains a step starts anew because they left the photograph.
+lowest error, the middle third and the highest; how many chains a step starts anew because they left the photograph; and
+the mean error of the chains over that of the uniform points of the same batches.
 """
 
 from __future__ import annotations
@@ -50,10 +51,15 @@ def main(photo: tyro.conf.Positional[Path], sampler: str = "langevin", at: tuple
     rows = {}
     for iteration in track(range(1, at[-1] + 1), "Steps", transient=True):
         fit.step()
+        batch = fit.loss.batch
+        assert batch is not None and batch.importance is not None
+        chains, uniform = batch.importance.tensor_split([len(batch.importance) - batch.num_uniform])
+        recorded[-1].append(chains.mean() / uniform.mean())
         if iteration in at:
             rows[f"{iteration:,}"] = torch.tensor(recorded[-LAST:]).mean(dim=0).tolist()
-    headings = ["lowest third", "middle third", "highest third", "left, %"]
+    headings = ["lowest third", "middle third", "highest third", "left, %", "error of chains / uniform"]
     cells = pd.DataFrame.from_dict(rows, orient="index", columns=headings).map("{:.1f}".format)
+    cells[headings[-1]] = [f"{row[-1]:.2f}" for row in rows.values()]
     CONSOLE.print(make_table(f"{sampler}: drift in pixels, by error", cells.rename_axis("iteration")))
 
 

@@ -429,7 +429,7 @@ def test_settings_of_one_sampler_do_not_reach_another():
     own = make_settings("langevin,batch=32,drift=2e-4,weight-by=importance", 0, 10, config)
     assert (own.config.batch, own.sampler_config.drift, own.config.weight_by) == (32, 2e-4, "importance")
     assert own.kind == "langevin"
-    assert config == FitConfig(**SMALL) and make_settings("langevin", 0, 10, config).sampler_config.drift == 1e-5
+    assert config == FitConfig(**SMALL) and make_settings("langevin", 0, 10, config).sampler_config.drift == 2e-6
     assert make_settings("uniform-weighted", 0, 10, config).config.weight_by == "importance"
     assert make_settings("uniform", 0, 10, config).config.weight_by == "density"
 
@@ -438,7 +438,7 @@ def test_settings_of_one_sampler_do_not_reach_another():
     ("sampler", "given", "alpha"),
     [
         ("detail", None, 0.3),
-        ("langevin", None, 0.6),
+        ("langevin", None, 0.0),
         ("uniform-weighted", None, 0.6),
         ("detail", 0.6, 0.6),
         ("langevin", 0.2, 0.2),
@@ -454,8 +454,8 @@ def test_the_softness_is_the_samplers_own_unless_one_is_given(sampler, given, al
 
 def test_a_batch_too_small_for_its_strata_is_named():
     with pytest.raises(UserError, match="--batch is 3.* 6 or more"):
-        make_fit("langevin", batch=3).step()
-    make_fit("langevin", batch=6).step()
+        make_fit("langevin,uniform_fraction=0.1", batch=3).step()
+    make_fit("langevin,uniform_fraction=0.1", batch=6).step()
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("x"), lambda path: path.mkdir()])

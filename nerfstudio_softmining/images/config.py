@@ -16,7 +16,7 @@ class FitConfig:
     batch: PositiveCount = 4096
     """Points of a training step."""
     alpha: Fraction | None = None
-    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling; None is 0.3 for detail, else 0.6."""
+    """Softness of eq. 9, in [0, 1]: 0 hard mining, 1 importance sampling; None is the sampler's own, or else 0.6."""
     weight_by: Literal["density", "importance"] = "density"
     """Weight a point by the density it was drawn with, which is Q only for the chains, or any point by its Q."""
     learning_rate: PositiveFraction = 0.005

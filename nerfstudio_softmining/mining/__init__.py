@@ -8,6 +8,7 @@ The method reads in this order:
 - [priors][nerfstudio_softmining.mining.priors]: edges, contrast and detail of an image;
 - [shrinkage][nerfstudio_softmining.mining.shrinkage]: ratios of error by tile where few samples have been seen;
 - [error_map][nerfstudio_softmining.mining.error_map]: a coarse map of the error of each image;
+- [thinning][nerfstudio_softmining.mining.thinning]: keeping some terms of a sum, weighted so that its mean stays;
 - [records][nerfstudio_softmining.mining.records]: indexing all fields of a NamedTuple of tensors at once.
 
 docs/own_loop.md builds a training loop from these, piece by piece.

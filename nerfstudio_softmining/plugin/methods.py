@@ -53,6 +53,7 @@ LLFF = {**EXACT_CAMERAS, "alpha": 0.8}
 LITE = {
     **EXACT_CAMERAS,
     "average_init_density": 0.1,
+    "backward_fraction": 0.25,
     "eval_num_rays_per_chunk": 1 << 12,
     "num_levels": 5,
     "features_per_level": 4,

@@ -15,12 +15,15 @@ from nerfstudio.models.neus import NeuSModel, NeuSModelConfig
 from nerfstudio.models.neus_facto import NeuSFactoModel, NeuSFactoModelConfig
 from nerfstudio.models.tensorf import TensoRFModel, TensoRFModelConfig
 from nerfstudio.models.vanilla_nerf import NeRFModel, VanillaModelConfig
+from nerfstudio.utils import comms
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin import compat, thin_backward
 from nerfstudio_softmining.plugin.model import SoftMiningConfig, SoftMiningMixin
 from nerfstudio_softmining.plugin.tensor_encoding import make_differentiable
+from nerfstudio_softmining.settings import PositiveFraction
 
 # Configurations annotate `config` anew, as nerfstudio's own models do.
 # pyright: reportIncompatibleVariableOverride=false
@@ -32,6 +35,17 @@ class SoftMiningNerfactoModelConfig(SoftMiningConfig, NerfactoModelConfig):
 
     _target: type = field(default_factory=lambda: SoftMiningNerfactoModel)
     """Target class to instantiate."""
+    backward_fraction: PositiveFraction = 1.0
+    """Fraction of the samples along the rays that the backward pass goes through, in (0, 1]: those that change the
+    field most, and some of the others. Less than 1 saves time, and adds noise to the gradient."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backward_fraction < 1 and self.predict_normals:
+            raise UserError(
+                f"--pipeline.model.backward-fraction is {self.backward_fraction}, and normals need a backward pass "
+                "through all samples. Set it to 1, or --pipeline.model.predict-normals to False."
+            )
 
 
 class SoftMiningNerfactoModel(SoftMiningMixin, NerfactoModel):
@@ -39,12 +53,21 @@ class SoftMiningNerfactoModel(SoftMiningMixin, NerfactoModel):
 
     config: SoftMiningNerfactoModelConfig
 
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        if self.config.backward_fraction == 1:
+            return
+        if comms.get_world_size() > 1:  # a gradient that is found within the backward pass is not awaited
+            CONSOLE.print("[yellow]On several GPUs --pipeline.model.backward-fraction is 1.[/yellow]")
+        else:
+            thin_backward.thin(self.field, self.config.backward_fraction)
+
     def uses_position_gradient(self, ray_samples: RaySamples) -> bool:
         return _are_differentiable(ray_samples) or self.config.predict_normals
 
 
 @dataclass
-class SoftMiningDepthNerfactoModelConfig(SoftMiningConfig, DepthNerfactoModelConfig):
+class SoftMiningDepthNerfactoModelConfig(SoftMiningNerfactoModelConfig, DepthNerfactoModelConfig):
     """Settings of depth-nerfacto and of soft mining."""
 
     _target: type = field(default_factory=lambda: SoftMiningDepthNerfactoModel)
