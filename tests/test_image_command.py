@@ -238,14 +238,14 @@ def test_a_photograph_never_gets_the_reconstruction_of_another(photo_file, tmp_p
 
 def test_settings_that_could_not_be_trained_can_be_mended(photo_file, tmp_path):
     def mistaken() -> int:
-        return run(photo_file, tmp_path / "out", ("langevin",), config=replace(CONFIG, batch=3))
+        return run(photo_file, tmp_path / "out", ("langevin,uniform_fraction=0.1",), config=replace(CONFIG, batch=3))
 
     try:
         assert mistaken() == 1
         assert "--batch is 3" in str(results_of(tmp_path / "out")["failures"])
     except UserError as error:
         assert "--batch is 3" in str(error)
-    assert run(photo_file, tmp_path / "out", ("langevin",), config=replace(CONFIG, batch=6)) == 0
+    assert run(photo_file, tmp_path / "out", ("langevin,uniform_fraction=0.1",), config=replace(CONFIG, batch=6)) == 0
     assert results_of(tmp_path / "out")["failures"] == {}
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nerfstudio.cameras.rays import RaySamples
@@ -107,4 +107,4 @@ class ThinnedNerfactoField(NerfactoField):
 def thin(field: NerfactoField, fraction: float) -> None:
     """Let the backward pass of a field go through a fraction of the samples. Parameters and checkpoints stay."""
     field.__class__ = ThinnedNerfactoField
-    field.backward_fraction = fraction  # pyright: ignore[reportAttributeAccessIssue]
+    cast(ThinnedNerfactoField, field).backward_fraction = fraction
