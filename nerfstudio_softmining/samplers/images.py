@@ -378,8 +378,8 @@ def views(flat: Tensor, sizes: Iterable[tuple[int, int]]) -> list[Tensor]:
 def _shared_base(values: list[Tensor]) -> Tensor | None:
     """Return the tensor [pixels, ...] that all of the given images are views of by [views][], if there is one."""
     base = values[0]._base
-    if base is None or any(value._base is not base for value in values):
+    if base is None or base.shape[1:] != values[0].shape[2:] or any(value._base is not base for value in values):
         return None
     starts = itertools.accumulate((value.numel() for value in values), initial=0)
-    in_order = all(value.storage_offset() == start for value, start in zip(values, starts, strict=False))
-    return base if in_order and base.numel() == sum(value.numel() for value in values) else None
+    follows = (v.is_contiguous() and v.storage_offset() == start for v, start in zip(values, starts, strict=False))
+    return base if all(follows) and base.numel() == sum(value.numel() for value in values) else None

@@ -72,6 +72,7 @@ class Langevin(Sampler[LangevinConfig, LangevinState]):
     config_class = LangevinConfig
     state_class = LangevinState
     live_settings = ("uniform_fraction", "drift", "noise")
+    # with the paper's (section 4.1) chains fall behind uniform points once all pixels have been drawn: docs/results.md
     photo_settings = {"noise": 1.5e-3, "uniform_fraction": 0.5, "reinit_fraction": 0.3, "alpha": 0.0}
 
     def __init__(self, config: LangevinConfig, context: SamplerContext, images: TrainingImages) -> None:
