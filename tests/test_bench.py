@@ -214,6 +214,14 @@ def test_settings_reach_their_place(tmp_path):
     assert (fields["optimizer"].lr, fields["scheduler"].warm_up_end) == (1e-3, 7)
 
 
+def test_settings_of_the_command_line_come_after_the_presets():
+    part = preset.Scene("lego", method="softmining-nerfacto-lite", set=("alpha=0.5", "backward_fraction=1"))
+    changed = bench.override(preset.Preset("title", scenes=(part,), samplers=("uniform",)), {"set": ("alpha=0.2",)})
+    assert changed.scenes[0].set == ("alpha=0.5", "backward_fraction=1", "alpha=0.2")
+    config = preset.trainer_config(changed.scenes[0], "uniform", 0, Path("data"), Path("out")).pipeline.model
+    assert (config.alpha, config.backward_fraction) == (0.2, 1)
+
+
 @given(st.lists(st.floats(10, 40), min_size=1, max_size=6), st.floats(5, 45))
 def test_a_level_is_reached_where_the_curve_first_crosses_it(values, level):
     curve = pd.Series(values, index=[100 * (n + 1) for n in range(len(values))])

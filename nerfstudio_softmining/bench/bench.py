@@ -102,7 +102,7 @@ def _check(preset: Preset, data: Path, output: Path) -> None:
 
 
 def override(preset: Preset, changes: dict) -> Preset:
-    """Return the preset with the values of flags in place of its own.
+    """Return the preset with the values of flags in place of its own; those of --set are added to them.
 
     Raises:
         UserError: if the value of a flag cannot be used.
@@ -116,7 +116,9 @@ def override(preset: Preset, changes: dict) -> Preset:
             f"--scenes has {missing[0]!r}, which is not in the preset ({', '.join(known)}). Name --method for it."
         )
     scene_changes = {field.name: given.pop(field.name) for field in dataclasses.fields(Scene) if field.name in given}
-    scenes = tuple(dataclasses.replace(known.get(title, Scene(title, method="")), **scene_changes) for title in titles)
+    more = scene_changes.pop("set", ())  # after the preset's own, as the last value of a setting counts
+    chosen = [known.get(title, Scene(title, method="")) for title in titles]
+    scenes = tuple(dataclasses.replace(scene, set=(*scene.set, *more), **scene_changes) for scene in chosen)
     preset = dataclasses.replace(preset, scenes=scenes, **given)
     check_flags(preset.at, scenes=preset.scenes, samplers=preset.samplers, seeds=preset.seeds)
     return preset
