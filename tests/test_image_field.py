@@ -106,6 +106,18 @@ def test_each_gradient_is_the_same_without_the_other(name):
 
 
 @EACH_GRID
+@pytest.mark.parametrize("num_moving", [0, 1, 17])
+def test_points_that_do_not_move_have_no_gradient(name, num_moving):
+    grid, points = make_grid(name), points_within_cells(name).requires_grad_()
+    of_all, of_some = (
+        torch.autograd.grad(grid(points, number).square().sum(), (grid.table, points)) for number in (None, num_moving)
+    )
+    assert torch.equal(of_some[0], of_all[0])
+    torch.testing.assert_close(of_some[1][:num_moving], of_all[1][:num_moving])
+    assert of_all[1].any(dim=1).all() and not of_some[1][num_moving:].any()
+
+
+@EACH_GRID
 def test_features_are_continuous_across_the_borders_of_cells(name):
     grid, generator = make_grid(name), torch.Generator().manual_seed(3)
     for resolution in resolutions(**GRIDS[name]):

@@ -29,23 +29,33 @@ class _Interpolation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        points: Tensor,
+        index: Tensor,
+        down: Tensor,
+        across: Tensor,
+        resolution: Tensor,
+        num_moving: int | None,
+    ) -> Tensor:
         """Return features [features, levels, n] interpolated between corners of cells.
 
         The table is [features, entries]. Corners are [4, levels, n]: top left, top right, bottom left, bottom right.
+        Points [n, 2] are where `down` and `across` [levels, n] come from, and only matter to the gradient.
         """
         flat = index.view(1, -1).expand(len(table), -1)
         entries = table.gather(1, flat).view(len(table), *index.shape)
         top = torch.lerp(entries[:, 0], entries[:, 1], across)
         bottom = torch.lerp(entries[:, 2], entries[:, 3], across)
-        ctx.shape = table.shape
-        ctx.save_for_backward(flat, down, across, entries, top, bottom)
+        ctx.shape, ctx.moving = table.shape, slice(num_moving)
+        ctx.save_for_backward(flat, down, across, entries, top, bottom, resolution)
         return torch.lerp(top, bottom, down)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        flat, down, across, entries, top, bottom = ctx.saved_tensors
-        of_table = of_down = of_across = None
+        flat, down, across, entries, top, bottom, resolution = ctx.saved_tensors
+        of_table = of_points = None
         if ctx.needs_input_grad[0]:
             of_bottom = gradient * down
             of_top = gradient - of_bottom
@@ -56,12 +66,15 @@ class _Interpolation(torch.autograd.Function):
             torch.sub(of_bottom, of_corners[:, 3], out=of_corners[:, 2])
             of_table = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
             of_table.scatter_add_(1, flat, of_corners.view(len(of_table), -1))
-        if ctx.needs_input_grad[2]:
-            of_down = (gradient * (bottom - top)).sum(dim=0)
+        if ctx.needs_input_grad[1]:
+            of_points = torch.zeros(down.shape[1], 2, dtype=gradient.dtype, device=gradient.device)
+            moving = (..., ctx.moving)
+            gradient, entries, down = gradient[moving] * resolution, entries[moving], down[moving]
             left = torch.lerp(entries[:, 0], entries[:, 2], down)
             right = torch.lerp(entries[:, 1], entries[:, 3], down)
-            of_across = (gradient * (right - left)).sum(dim=0)
-        return of_table, None, of_down, of_across
+            of_points[ctx.moving, 0] = (gradient * (bottom[moving] - top[moving])).sum(dim=(0, 1))
+            of_points[ctx.moving, 1] = (gradient * (right - left)).sum(dim=(0, 1))
+        return of_table, of_points, None, None, None, None, None
 
 
 class HashGrid(nn.Module):
@@ -96,11 +109,19 @@ class HashGrid(nn.Module):
         self.table = nn.Parameter(torch.empty(features, sum(sizes)).uniform_(-INITIAL_RANGE, INITIAL_RANGE))
         self.num_features = levels * features
 
-    def forward(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n f"]:
-        """Return the features of points (row, column) in [0, 1]^2, bilinear within the cells of each level."""
-        row, column = points[:, 0] * self.resolution, points[:, 1] * self.resolution  # [levels, n]
-        top, left = row.detach().int(), column.detach().int()
-        features = _Interpolation.apply(self.table, self._corners(top, left), row - top, column - left)
+    def forward(self, points: Float[Tensor, "n 2"], num_moving: int | None = None) -> Float[Tensor, "n f"]:
+        """Return the features of points (row, column) in [0, 1]^2, bilinear within the cells of each level.
+
+        Args:
+            points: the points.
+            num_moving: number of the first points whose own gradient is computed, while that of the others is 0; None
+                for all of them.
+        """
+        row, column = (part * self.resolution for part in points.detach().unbind(dim=1))  # [levels, n]
+        top, left = row.int(), column.int()
+        features = _Interpolation.apply(
+            self.table, points, self._corners(top, left), row - top, column - left, self.resolution, num_moving
+        )
         return features.reshape(self.num_features, -1).t()  # pyright: ignore[reportOptionalMemberAccess]
 
     def _corners(self, top: Tensor, left: Tensor) -> Tensor:
@@ -145,9 +166,15 @@ class Field(nn.Module):
             self.network = MLP(self.encoding.num_features, 3, config.width, channels, activation=nn.ReLU())
         self.to(device)
 
-    def forward(self, points: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """Return the values at points (row, column) of the unit square."""
-        return self.network(points if self.implementation == "tcnn" else self.encoding(points)).float()
+    def forward(self, points: Float[Tensor, "n 2"], num_moving: int | None = None) -> Float[Tensor, "n c"]:
+        """Return the values at points (row, column) of the unit square.
+
+        Args:
+            points: the points.
+            num_moving: number of the first points whose own gradient is needed; None for all of them.
+        """
+        encoded = points if self.implementation == "tcnn" else self.encoding(points, num_moving)
+        return self.network(encoded).float()
 
 
 def _tiny_cuda_nn(config: FitConfig, channels: int) -> nn.Module:

@@ -139,7 +139,7 @@ class Fit:
     def step(self) -> None:
         """Train on one batch."""
         batch, position = self.draw()
-        loss = self.loss(self.photo.at(batch.indices[:, 1:]), self.field(position / self.size))
+        loss = self.loss(self.photo.at(batch.indices[:, 1:]), self.field(position / self.size, batch.num_chains))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer_step()

@@ -18,6 +18,9 @@ from nerfstudio_softmining.samplers.cells import Grid, PixelDensity
 from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
 from nerfstudio_softmining.settings import Count
 
+AHEAD = 1 << 15
+"""Rays drawn at a time: a draw of many costs little more than one of few, as long as it fits the caches."""
+
 
 @dataclass
 class SamplerConfig:
@@ -116,6 +119,15 @@ class Samples(NamedTuple):
 
 class Stateless(NamedTuple):
     """The state of a sampler that keeps nothing between steps."""
+
+
+class Ahead(NamedTuple):
+    """Batches that are drawn and not used yet."""
+
+    samples: PixelSamples
+    """Samples [batches, rays], as [DensitySampler.draw_batches][] returns them."""
+    num_uniform: int
+    """Uniform rays of each batch, which are the last."""
 
 
 Config = TypeVar("Config", bound=SamplerConfig)
@@ -235,7 +247,7 @@ class Sampler(Generic[Config, State]):
         Args:
             contents: what the map holds, for the message about larger cells.
             bytes_per_cell: memory of the map.
-            tile: side in pixels of the tiles that cells are gathered in.
+            tile: side in pixels of the tiles that cells are gathered in; rounded up to a power of two in cells.
             min_tile_side: least side in cells of a tile.
             levels: levels of larger tiles.
         """
@@ -250,7 +262,8 @@ class Sampler(Generic[Config, State]):
             )
         # a larger tile than any image would only have more places without a cell
         largest = max(map(max, self.images.sizes))
-        return Grid.with_cell_size(self.images, size, max(min_tile_side, math.ceil(min(tile, largest) / size)), levels)
+        tile_side = max(min_tile_side, math.ceil(min(tile, largest) / size))
+        return Grid.with_cell_size(self.images, size, 1 << (tile_side - 1).bit_length(), levels)
 
 
 class DensitySampler(Sampler[Config, State]):
@@ -303,6 +316,29 @@ class DensitySampler(Sampler[Config, State]):
         uniform = self.images.uniform(times * num_uniform)
         uniform = uniform._replace(density_ratio=density.density_ratio(uniform))
         return concatenate(drawn, unflatten(uniform, (times, num_uniform)), dim=1)
+
+    def next_batch(
+        self, state: State, ahead: Ahead | None, most: int, num_drawn: int, num_uniform: int
+    ) -> tuple[PixelSamples, Ahead | None]:
+        """Return the next batch of [draw_batches][], drawn in advance where possible.
+
+        Args:
+            state: the state.
+            ahead: what is left of the batches drawn before; None if there are none, or if they are out of date.
+            most: number of batches that may be drawn now, as the density stays the same until then.
+            num_drawn: rays of a batch that are drawn from the density.
+            num_uniform: uniform rays of a batch.
+
+        Returns:
+            The batch, and what is left.
+        """
+        count = num_drawn + num_uniform
+        # a resumed training may have another batch size, or another fraction of uniform rays
+        if ahead is None or (ahead.samples.image_index.shape[1], ahead.num_uniform) != (count, num_uniform):
+            times = max(1, min(AHEAD // count, most))
+            ahead = Ahead(self.draw_batches(state, times, num_drawn, num_uniform), num_uniform)
+        batch, rest = take(ahead.samples, 0), take(ahead.samples, slice(1, None))
+        return batch, ahead._replace(samples=rest) if len(rest.image_index) > 0 else None
 
     def mix(self, samples: PixelSamples, num_uniform: int) -> Samples:
         """Return a batch of samples whose density ratios are those of its mixture with uniform rays."""

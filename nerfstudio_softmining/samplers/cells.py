@@ -25,7 +25,7 @@ class Grid:
     Args:
         images: the training images.
         shapes: rows and columns of cells of each image, at most its height and width.
-        tile_side: cells along the side of a tile.
+        tile_side: cells along the side of a tile, a power of two.
         levels: levels of larger tiles, each twice the one before, that [tile_parents][] gives.
     """
 
@@ -33,6 +33,7 @@ class Grid:
         self, images: TrainingImages, shapes: Sequence[tuple[int, int]], tile_side: int = 1, levels: int = 0
     ) -> None:
         self.images, self.shapes, self.tile_side = images, list(shapes), tile_side
+        self._bits = tile_side.bit_length() - 1  # whole numbers are shifted ten times as fast as they are divided
         self.cell_size = max(
             math.ceil(size / count)
             for sizes, counts in zip(images.sizes, shapes, strict=True)
@@ -84,24 +85,34 @@ class Grid:
 
     def tile(self, samples: PixelSamples) -> Int64[Tensor, " n"]:
         """Return the tile that each sample is in."""
-        return self.cell(samples) // self.tile_side**2
+        return self.tile_of(self.cell(samples))
+
+    def tile_of(self, cell: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+        """Return the tile that each cell is in."""
+        return cell >> 2 * self._bits
 
     def cell_at(self, cache_index: Int64[Tensor, " n"], pixels: Int64[Tensor, "n 2"]) -> Int64[Tensor, " n"]:
         """Return the cell that each pixel is in."""
-        row = pixels[:, 0] * self.rows[cache_index] // self.images.height[cache_index]
-        column = pixels[:, 1] * self.columns[cache_index] // self.images.width[cache_index]
-        side = self.tile_side
-        tile = self._tile_start[cache_index] + row // side * self._tile_columns[cache_index] + column // side
-        return tile * side**2 + row % side * side + column % side
+        row, column = pixels.unbind(-1)
+        if self.cell_size > 1:
+            row = row * self.rows[cache_index] // self.images.height[cache_index]
+            column = column * self.columns[cache_index] // self.images.width[cache_index]
+        bits, within = self._bits, self.tile_side - 1
+        tile = self._tile_start[cache_index] + (row >> bits) * self._tile_columns[cache_index] + (column >> bits)
+        return (tile << 2 * bits) + ((row & within) << bits) + (column & within)
 
     def _rectangle(self, cell: Int64[Tensor, " n"]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the cache index of cells [n], their first pixels [n, 2] and the ends of rows and columns [n, 2]."""
-        side = self.tile_side
-        tile, place = cell // side**2, cell % side**2
+        bits, within = self._bits, self.tile_side - 1
+        tile = self.tile_of(cell)
         cache_index = torch.searchsorted(self._tile_ends, tile, right=True)
         local, tile_columns = tile - self._tile_start[cache_index], self._tile_columns[cache_index]
-        row, column = local // tile_columns * side + place // side, local % tile_columns * side + place % side
+        tile_row = local // tile_columns
+        row = (tile_row << bits) + (cell >> bits & within)
+        column = (local - tile_row * tile_columns << bits) + (cell & within)
         number = torch.stack((row, column), dim=-1)
+        if self.cell_size == 1:
+            return cache_index, number, number + 1
         counts = torch.stack((self.rows[cache_index], self.columns[cache_index]), dim=-1)
         size = torch.stack((self.images.height[cache_index], self.images.width[cache_index]), dim=-1)
         return cache_index, -(-number * size // counts), -(-(number + 1) * size // counts)
@@ -120,6 +131,8 @@ class Grid:
 
     def num_valid(self, cell: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
         """Count the valid pixels of each cell."""
+        if self.images.all_valid and self.cell_size == 1:
+            return torch.ones_like(cell)
         cache_index, first, end = self._rectangle(cell)
         if self.images.all_valid:
             return (end - first).prod(dim=-1)
@@ -132,6 +145,8 @@ class Grid:
             The samples, and the number of valid pixels of each cell.
         """
         cache_index, first, end = self._rectangle(cell)
+        if self.images.all_valid and self.cell_size == 1:
+            return self.images.samples_at(cache_index, first), torch.ones_like(cell)
         chance = torch.rand(len(cell), generator=self.images.generator, device=cell.device)
         if self.images.all_valid:
             size = end - first

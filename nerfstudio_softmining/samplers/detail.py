@@ -17,11 +17,18 @@ from torch import Tensor
 
 from nerfstudio_softmining.mining import density as dens
 from nerfstudio_softmining.mining import priors
-from nerfstudio_softmining.mining.records import take
 from nerfstudio_softmining.mining.shrinkage import shrunk_ratio
-from nerfstudio_softmining.samplers.base import DensitySampler, MiningBatch, SamplerConfig, SamplerContext, Samples
+from nerfstudio_softmining.samplers.base import (
+    AHEAD,
+    Ahead,
+    DensitySampler,
+    MiningBatch,
+    SamplerConfig,
+    SamplerContext,
+    Samples,
+)
 from nerfstudio_softmining.samplers.cells import PixelDensity
-from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
+from nerfstudio_softmining.samplers.images import TrainingImages
 from nerfstudio_softmining.samplers.registry import register
 from nerfstudio_softmining.settings import Fraction, Interval, NonNegative, PositiveCount
 
@@ -37,8 +44,6 @@ LEVELS = 3
 """Levels of larger tiles, each twice the one before, that the smallest ones are shrunk towards."""
 MIN_TILE_SIDE = 4
 """Least side in cells of a tile."""
-AHEAD = 1 << 15
-"""Rays drawn at a time: a draw of many costs little more than one of few, as long as it fits the caches."""
 
 
 @dataclass
@@ -50,7 +55,7 @@ class DetailConfig(SamplerConfig):
     floor: NonNegative = 0.003
     """Detail that flat places have, in units of the colour."""
     tile: Annotated[int, Interval(1, 128)] = 8
-    """Side in pixels of the smallest tiles whose error is kept; at least 4 cells."""
+    """Side in pixels of the smallest tiles whose error is kept; rounded up to 4, 8, 16, ... cells."""
     interval: PositiveCount = 32
     """Steps until the first correction; each further interval is 1.25 times as long."""
     prior_strength: NonNegative = 4.0
@@ -81,10 +86,8 @@ class DetailState(NamedTuple):
     """Ratio of observed to predicted error of each tile."""
     pending: tuple[Observation, ...]
     """Observations that are not in `seen` yet."""
-    ahead: PixelSamples | None
-    """Batches [times, rays] that are drawn and not used yet."""
-    num_uniform: int
-    """Uniform rays of each of these."""
+    ahead: Ahead | None
+    """Batches that are drawn and not used yet."""
     density: PixelDensity | None
     """Detail times a power of the ratio; None where there is no detail at all."""
 
@@ -124,7 +127,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     def init(self, previous: DetailState | None = None) -> DetailState:
         interval, steps = (self.config.interval, 0) if previous is None else (previous.interval, previous.steps)
         seen = torch.zeros(3, self.grid.num_tiles, device=self.images.device)
-        return DetailState(interval, steps, seen, torch.ones_like(seen[0]), (), None, 0, None)
+        return DetailState(interval, steps, seen, torch.ones_like(seen[0]), (), None, None)
 
     def rebuild(self, state: DetailState) -> DetailState:
         if self.prior is None:
@@ -134,19 +137,9 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
         return state._replace(density=self.prior.with_factors(factors))
 
     def draw(self, state: DetailState, count: int) -> tuple[Samples, DetailState]:
-        num_uniform = self.num_uniform(state, count)
-        samples, state = self.next_batch(state, count - num_uniform, num_uniform)
-        return self.mix(samples, num_uniform), state
-
-    def next_batch(self, state: DetailState, num_drawn: int, num_uniform: int) -> tuple[PixelSamples, DetailState]:
-        """Return the next batch of [draw_batches][], drawn in advance where possible."""
-        ahead, count = state.ahead, num_drawn + num_uniform
-        # a resumed training may have another batch size, or another fraction of uniform rays
-        if ahead is None or (ahead.image_index.shape[1], state.num_uniform) != (count, num_uniform):
-            times = max(1, min(AHEAD // count, state.interval - state.steps))
-            ahead = self.draw_batches(state, times, num_drawn, num_uniform)
-        rest = take(ahead, slice(1, None)) if len(ahead.image_index) > 1 else None
-        return take(ahead, 0), state._replace(ahead=rest, num_uniform=num_uniform)
+        num_uniform, steps_left = self.num_uniform(state, count), state.interval - state.steps
+        batch, ahead = self.next_batch(state, state.ahead, steps_left, count - num_uniform, num_uniform)
+        return self.mix(batch, num_uniform), state._replace(ahead=ahead)
 
     def update(self, state: DetailState, batch: MiningBatch, applied: Tensor | bool) -> DetailState:
         if self.config.error_exponent == 0 or self.prior is None:
@@ -173,7 +166,7 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
         error, predicted = torch.where(is_known, torch.stack((error, predicted)), 0.0)
         # on the scale of the errors of now: they fall while training, and tiles are seen at different times
         predicted = predicted * (error.sum() / predicted.sum()).nan_to_num(0.0)
-        tile = cell // self.grid.tile_side**2
+        tile = self.grid.tile_of(cell)
         state.seen.index_add_(1, tile, torch.stack((error, predicted, is_known.float())))
         return state._replace(pending=())
 

@@ -237,7 +237,7 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         """Return the density p / u of rays that follow chains: that of the expected error."""
         grid, table = self.map.grid, density.table
         cell = grid.cell(samples)
-        error = dens.relative_weight(table, cell, ERROR_POWER) * state.map.ratio[cell // grid.tile_side**2]
+        error = dens.relative_weight(table, cell, ERROR_POWER) * state.map.ratio[grid.tile_of(cell)]
         return self.images.density_ratio(error / state.total_error / grid.num_valid(cell), samples)
 
     def update(self, state: MixtureState, batch: MiningBatch, applied: Tensor | bool) -> MixtureState:
