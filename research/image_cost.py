@@ -53,7 +53,7 @@ def timed_step(fit: Fit) -> list[float]:
     marks.append(_now())
     truth = fit.photo.at(batch.indices[:, 1:])
     marks.append(_now())
-    features = fit.field.encoding(position / fit.size, batch.num_chains)
+    features = fit.field.encoding(position / fit.size, batch.num_chains or None)
     marks.append(_now())
     leaf = features.detach().requires_grad_()
     prediction = fit.field.network(leaf)

@@ -231,6 +231,16 @@ def test_what_drives_the_chains_is_the_gradient_of_the_logarithm_of_the_error(ch
     torch.testing.assert_close(ours[is_smooth].double(), ahead[is_smooth], rtol=5e-3, atol=5e-3)
 
 
+def test_without_chains_all_points_have_a_gradient(monkeypatch):
+    """For samplers of others, which may drive something else by it."""
+    fit = steps(make_fit("langevin,uniform_fraction=1"), 20)
+    updates = []
+    monkeypatch.setattr(fit.run, "update", updates.append)
+    fit.step()
+    (batch,) = updates
+    assert batch.num_chains == 0 and batch.coords.grad.any(dim=1).all()
+
+
 def test_the_colours_of_pixels_are_fitted_at_their_centres(monkeypatch):
     fit = make_fit("langevin")
     seen = []

@@ -139,7 +139,8 @@ class Fit:
     def step(self) -> None:
         """Train on one batch."""
         batch, position = self.draw()
-        loss = self.loss(self.photo.at(batch.indices[:, 1:]), self.field(position / self.size, batch.num_chains))
+        num_moving = batch.num_chains or None  # without chains, a sampler may need the gradient of all points
+        loss = self.loss(self.photo.at(batch.indices[:, 1:]), self.field(position / self.size, num_moving))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer_step()
