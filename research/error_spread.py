@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nerfstudio_softmining.bench.bench import run_bench
 from nerfstudio_softmining.bench.report import make_table
+from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.trainer import SoftMiningTrainer
 
@@ -35,26 +36,29 @@ TILE = 8
 CHUNK = 1 << 12
 """Pixels that are evaluated at a time."""
 seen: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
-"""What each run has shown: squared error and density ratio of each tile, and the ratio of single pixels."""
+"""What each run has shown at each iteration, as `MeasuringTrainer.measure` returns it."""
 
 
 class MeasuringTrainer(SoftMiningTrainer):
     """Evaluates whole training images at some iterations."""
 
     at: tuple[int, ...] = ()
+    """Finished iterations after which it does."""
 
     def train_iteration(self, step: int) -> Any:
         """Train one step."""
         result = super().train_iteration(step)
         if step + 1 in self.at:
             with torch.no_grad(), compat.fork_random_state(self.device):
-                seen.setdefault("/".join(self.base_dir.parts[-4:-2]), []).append(self.measure())
+                seen.setdefault("/".join(self.base_dir.parts[-4:]), []).append(self.measure())
         return result
 
     def measure(self) -> tuple[Tensor, Tensor, float]:
         """Return the squared error and the density ratio of each tile, and the ratio of single pixels."""
         manager: Any = self.pipeline.datamanager
         run = manager.train_pixel_sampler.run
+        if run is None:
+            raise UserError("--sampler is uniform, whose density is the same everywhere. Name mixture or detail.")
         images = run.sampler.images
         errors, density_ratios = [], []
         for index in torch.linspace(0, images.num_cached - 1, NUM_IMAGES).long().unique().tolist():
@@ -63,7 +67,8 @@ class MeasuringTrainer(SoftMiningTrainer):
             samples = images.as_samples(images.image_index[index].expand(len(pixels)), pixels + 0.5)
             error = torch.cat([run.context.importance(part) for part in samples.indices.split(CHUNK)])
             density_ratio = run.sampler.expected_density(run.state, samples)
-            assert density_ratio is not None, "the density of a sampler like langevin is not known"
+            if density_ratio is None:
+                raise UserError("--sampler has no density that is known. Name mixture or detail.")
             errors.append(error.float().view(height, width))
             density_ratios.append(density_ratio.view(height, width))
         error = torch.cat([part.flatten() for part in errors])
@@ -108,6 +113,8 @@ def main(
         seeds: seeds.
         at: two iterations.
     """
+    if not at[0] < at[1]:
+        raise UserError(f"--at is {at[0]} {at[1]}. Set the second iteration to more than the first.")
     MeasuringTrainer.at = at
 
     def prepare(config: TrainerConfig) -> None:
@@ -116,11 +123,13 @@ def main(
     changes = dict(scenes=scenes, samplers=(sampler,), seeds=seeds, at=at[-1:])
     success = run_bench(preset, data, output, changes, prepare)
     for run, measures in seen.items():
-        for first, last in zip(measures[::2], measures[1::2], strict=True):
-            cells = pd.DataFrame(make_columns(first, last)).map("{:.2f}".format)
-            cells.index = [f"{10 * number} - {10 * number + 10} %" for number in range(10)]
-            ratios = f"mean square over squared mean of single pixels: {first[2]:.2f}, {last[2]:.2f}"
-            CONSOLE.print(make_table(f"{run}; {ratios}", cells.rename_axis("tiles by error")))
+        if len(measures) < len(at):
+            continue  # the run failed, which has been said
+        first, last = measures
+        cells = pd.DataFrame(make_columns(first, last)).map("{:.2f}".format)
+        cells.index = [f"{10 * number} - {10 * number + 10} %" for number in range(10)]
+        ratios = f"mean square over squared mean of single pixels: {first[2]:.2f}, {last[2]:.2f}"
+        CONSOLE.print(make_table(f"{run}; {ratios}", cells.rename_axis("tiles by error")))
     return success
 
 

@@ -71,7 +71,7 @@ def integer_weight(weights: UInt8[Tensor, "*n"] | Int32[Tensor, "*n"], power: fl
     if weights.dtype == torch.int32:
         return weights.long() if power == 1 else weights.double().pow(power).long()
     rows = torch.atleast_2d(weights).flatten(0, -2)
-    # twice as fast as index_select
+    # on CPUs twice as fast as index_select
     integers = _integers_of_bytes(weights.device, power).expand(len(rows), -1).gather(1, rows.long())
     return integers.view(weights.shape)
 

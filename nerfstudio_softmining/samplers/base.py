@@ -87,7 +87,7 @@ class MiningBatch:
     """Training step; set by the datamanager."""
     coords: Float[Tensor, "rays 2"] | None = None
     """Row and column that the rays were made from, in pixels: the leaf whose gradient drives the chains; set by the
-    datamanager if the sampler needs a gradient."""
+    datamanager if the sampler needs a gradient. Where there are chains, on photographs only theirs have one."""
     importance: Float[Tensor, " rays"] | None = None
     """Q of each ray; set by the model."""
     error: Float[Tensor, " rays"] | None = None

@@ -33,7 +33,8 @@ class Grid:
         self, images: TrainingImages, shapes: Sequence[tuple[int, int]], tile_side: int = 1, levels: int = 0
     ) -> None:
         self.images, self.shapes, self.tile_side = images, list(shapes), tile_side
-        self._bits = tile_side.bit_length() - 1  # whole numbers are shifted ten times as fast as they are divided
+        assert tile_side & (tile_side - 1) == 0, f"tile_side is {tile_side}, which is not a power of two"
+        self._bits = tile_side.bit_length() - 1  # CPUs shift whole numbers ten times as fast as they divide them
         self.cell_size = max(
             math.ceil(size / count)
             for sizes, counts in zip(images.sizes, shapes, strict=True)
