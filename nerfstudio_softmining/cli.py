@@ -60,8 +60,8 @@ def bench(
         dataparser: Dataparser, such as colmap or blender-data.
         views: Held-out views to render, by their number.
         image_scale: Factor on the resolution of the images as they are on disk.
-        set: Settings of the model (and its SDF field), datamanager, sampler, optimizers or schedulers, as name=value,
-            added to those of the preset.
+        set: Settings of the model (and its SDF field), dataparser, datamanager, sampler, optimizers or schedulers, as
+            name=value, added to those of the preset.
     """
     from nerfstudio_softmining.bench.bench import run_bench
 

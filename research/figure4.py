@@ -31,6 +31,7 @@ from nerfstudio_softmining.images import photo as photos
 from nerfstudio_softmining.images.config import FitConfig
 from nerfstudio_softmining.images.fit import Fit, fingerprint, make_settings
 
+PAPERS_SETTINGS = "langevin,alpha=0.6,drift=1e-5,noise=1e-3,uniform_fraction=0.1,reinit_fraction=0.1"
 PAPER = Path(__file__).parent.parent / "configs" / "paper" / "figure4.csv"
 
 
@@ -38,7 +39,7 @@ def compare(
     photo: tyro.conf.Positional[tuple[Path, ...]],
     output: Path = Path("outputs/figure4"),
     batches: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),
-    samplers: tuple[str, ...] = ("uniform", "edge", "langevin"),
+    samplers: tuple[str, ...] = ("uniform", "edge", "langevin", PAPERS_SETTINGS),
     seeds: tuple[int, ...] = (0, 1, 2),
     at: tuple[int, ...] = (250, 500, 1000),
 ) -> bool:

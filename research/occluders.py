@@ -72,6 +72,7 @@ def compare(
     samplers: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),
     at: tuple[int, ...] = (),
+    set: tuple[str, ...] = (),
 ) -> bool:
     """Train with occluders and print PSNR; return whether every run went well.
 
@@ -83,13 +84,15 @@ def compare(
         samplers: what to compare; the preset's if not given.
         seeds: seeds; the preset's if not given.
         at: iterations of evaluations; the preset's if not given.
+        set: settings as name=value, added to those of the preset.
     """
 
     def prepare(config: TrainerConfig) -> None:
         manager: Any = config.pipeline.datamanager
         manager._target = OccludedDataManager
 
-    return run_bench(preset, data, output, dict(scenes=scenes, samplers=samplers, seeds=seeds, at=at), prepare)
+    changes = dict(scenes=scenes, samplers=samplers, seeds=seeds, at=at, set=set)
+    return run_bench(preset, data, output, changes, prepare)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,10 @@ def test_settings_reach_their_place(tmp_path):
     assert peer.method_name == "nerfacto" and peer.pipeline.datamanager.train_num_rays_per_batch == 99
     weighted = preset.trainer_config(scene, "uniform-weighted", 0, tmp_path, tmp_path).pipeline
     assert (weighted.datamanager.pixel_sampler.kind, weighted.model.weight_by) == ("uniform", "importance")
+    llff = replace(scene, method="softmining-nerfacto-lite-llff", set=("downscale_factor=8",), dataparser=None)
+    for sampler in ("mixture", "nerfacto"):
+        dataparser = preset.trainer_config(llff, sampler, 0, tmp_path, tmp_path).pipeline.datamanager.dataparser
+        assert dataparser.downscale_factor == 8
     surface = replace(scene, method="softmining-neus-facto", set=("inside_outside=False", "lr=1e-3", "warm_up_end=7"))
     config = preset.trainer_config(surface, "mixture", 0, tmp_path, tmp_path)
     fields = config.optimizers["fields"]

@@ -43,8 +43,8 @@ class Scene:
     dataparser: str | None = None
     """Name of the dataparser, such as colmap; the method's own if None."""
     set: tuple[str, ...] = ()
-    """Settings as name=value: of the model, its SDF field, the datamanager, the sampler, the optimizers, their
-    schedulers."""
+    """Settings as name=value: of the model, its SDF field, the dataparser, the datamanager, the sampler, the
+    optimizers, their schedulers."""
     same_settings: bool = False
     """Give other nerfstudio methods the model settings, batch size and learning rates of `method`."""
     name: str = ""
@@ -155,6 +155,7 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
         manager.dataparser = _dataparser(scene.dataparser)
     elif not is_sampler:
         manager.dataparser = deepcopy(cast(Any, all_methods[scene.method]).pipeline.datamanager.dataparser)
+    configs.append(manager.dataparser)
     config.data = manager.data = data / scene.path
     manager.camera_res_scale_factor = scene.image_scale
     config.output_dir = output / file_name(scene.title)
