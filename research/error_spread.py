@@ -4,23 +4,30 @@
 
 Trains each scene once. The tiles of some training images are sorted by their squared error at the first iteration and
 cut into tenths. For each tenth the table has its share of the squared error, what fraction of that is left at the last
-iteration, and how densely the sampler draws there then, over a uniform draw. Then the mean square over the squared mean
-of single pixels' errors: the gain of rays that know each error and are weighted by 1/p, by the variance of the
-gradient alone, if gradients were as long as errors.
+iteration, and how densely the sampler draws there then, over a uniform draw.
+
+A second table parts the squared error of a tile into that of its mean residual, the coherent part, and the scatter
+around it. It has the share of each, what is left of it, and how well it predicts which tiles lose most error.
+
+Above both is the mean square over the squared mean of single pixels' errors: the gain of rays that know each error and
+are weighted by 1/p, by the variance of the gradient alone, if gradients were as long as errors.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
 from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.models.base_model import Model
+from nerfstudio.models.nerfacto import NerfactoModel
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -35,8 +42,23 @@ TILE = 8
 """Side of a tile in pixels."""
 CHUNK = 1 << 12
 """Pixels that are evaluated at a time."""
-seen: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
-"""What each run has shown at each iteration, as `MeasuringTrainer.measure` returns it."""
+
+
+class Measure(NamedTuple):
+    """Errors of some training images, by tile, and their densities."""
+
+    squared_error: Float[Tensor, " tiles"]
+    """Mean over pixels and channels."""
+    coherent: Float[Tensor, " tiles"]
+    """Square of the mean residual, as the mean over channels."""
+    density_ratio: Float[Tensor, " tiles"]
+    """Density p / u of the sampler, as the mean over pixels."""
+    pixel_ratio: float
+    """Mean square over squared mean of single pixels' L1 errors."""
+
+
+seen: dict[str, list[Measure]] = {}
+"""Measures of each run, one for each iteration."""
 
 
 class MeasuringTrainer(SoftMiningTrainer):
@@ -49,48 +71,83 @@ class MeasuringTrainer(SoftMiningTrainer):
         """Train one step."""
         result = super().train_iteration(step)
         if step + 1 in self.at:
+            model = self.pipeline.model
             with torch.no_grad(), compat.fork_random_state(self.device):
-                seen.setdefault("/".join(self.base_dir.parts[-4:]), []).append(self.measure())
+                model.eval()
+                seen.setdefault("/".join(self.base_dir.parts[-4:]), []).append(self.measure(model))
+                model.train()
         return result
 
-    def measure(self) -> tuple[Tensor, Tensor, float]:
-        """Return the squared error and the density ratio of each tile, and the ratio of single pixels."""
+    def measure(self, model: Model) -> Measure:
+        """Evaluate some training images."""
         manager: Any = self.pipeline.datamanager
         run = manager.train_pixel_sampler.run
         if run is None:
             raise UserError("--sampler is uniform, whose density is the same everywhere. Name mixture or detail.")
         images = run.sampler.images
-        errors, density_ratios = [], []
+        residuals, density_ratios = [], []
         for index in torch.linspace(0, images.num_cached - 1, NUM_IMAGES).long().unique().tolist():
             height, width = images.sizes[index]
             pixels = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(images.device)
             samples = images.as_samples(images.image_index[index].expand(len(pixels)), pixels + 0.5)
-            error = torch.cat([run.context.importance(part) for part in samples.indices.split(CHUNK)])
+            parts = [residual(model, *manager.rays_at(part)) for part in samples.indices.split(CHUNK)]
             density_ratio = run.sampler.expected_density(run.state, samples)
             if density_ratio is None:
                 raise UserError("--sampler has no density that is known. Name mixture or detail.")
-            errors.append(error.float().view(height, width))
-            density_ratios.append(density_ratio.view(height, width))
-        error = torch.cat([part.flatten() for part in errors])
-        ratio = float(error.square().mean() / error.mean().square())
-        return tile_means([part.square() for part in errors]), tile_means(density_ratios), ratio
+            residuals.append(torch.cat(parts).view(height, width, -1))
+            density_ratios.append(density_ratio.view(height, width, 1))
+        error = torch.cat([part.abs().mean(dim=-1).flatten() for part in residuals])
+        return Measure(
+            squared_error=tile_means([part.square() for part in residuals]).mean(dim=0),
+            coherent=tile_means(residuals).square().mean(dim=0),
+            density_ratio=tile_means(density_ratios)[0],
+            pixel_ratio=float(error.square().mean() / error.mean().square()),
+        )
 
 
-def tile_means(images: list[Float[Tensor, "h w"]]) -> Float[Tensor, " tiles"]:
+def residual(model: Model, rays: RayBundle, batch: dict) -> Float[Tensor, "rays 3"]:
+    """Return what the model shows minus what it should show."""
+    outputs, renderer = model(rays), cast(NerfactoModel, model).renderer_rgb
+    prediction, truth = renderer.blend_background_for_loss_computation(
+        outputs["rgb"], outputs["accumulation"], batch["image"].to(model.device)
+    )
+    return prediction - truth
+
+
+def tile_means(images: list[Float[Tensor, "h w c"]]) -> Float[Tensor, "c tiles"]:
     """Return the mean of each tile of all images."""
-    means = [F.avg_pool2d(image[None], TILE, ceil_mode=True, count_include_pad=False).flatten() for image in images]
-    return torch.cat(means).cpu()
+    means = [F.avg_pool2d(image.permute(2, 0, 1), TILE, ceil_mode=True, count_include_pad=False) for image in images]
+    return torch.cat([mean.flatten(1) for mean in means], dim=1).cpu()
 
 
-def make_columns(first: tuple[Tensor, Tensor, float], last: tuple[Tensor, Tensor, float]) -> dict[str, Tensor]:
+def make_columns(first: Measure, last: Measure) -> dict[str, Tensor]:
     """Return share of the error, what is left of it, and density of each tenth of the tiles, the best first."""
-    before, after, density_ratio = first[0], last[0], last[1]
+    before, after = first.squared_error, last.squared_error
     tenths = before.argsort().tensor_split(10)
     return {
         "share of the squared error": torch.stack([before[part].sum() for part in tenths]) / before.sum(),
         "left later": torch.stack([after[part].sum() / before[part].sum() for part in tenths]),
-        "density": torch.stack([density_ratio[part].mean() for part in tenths]),
+        "density": torch.stack([last.density_ratio[part].mean() for part in tenths]),
     }
+
+
+def make_parts(first: Measure, last: Measure) -> pd.DataFrame:
+    """Return share of the error, what is left of it, and correlation with the drop of its parts."""
+    total, drop = first.squared_error, first.squared_error - last.squared_error
+    parts = {
+        "coherent": (first.coherent, last.coherent),
+        "scatter": (total - first.coherent, last.squared_error - last.coherent),
+        "both": (total, last.squared_error),
+    }
+    rows = {
+        name: {
+            "share of the squared error": before.sum() / total.sum(),
+            "left later": after.sum() / before.sum(),
+            "correlation with the drop": torch.corrcoef(torch.stack((before, drop)))[0, 1],
+        }
+        for name, (before, after) in parts.items()
+    }
+    return pd.DataFrame(rows).T
 
 
 def main(
@@ -126,10 +183,12 @@ def main(
         if len(measures) < len(at):
             continue  # the run failed, which has been said
         first, last = measures
-        cells = pd.DataFrame(make_columns(first, last)).map("{:.2f}".format)
-        cells.index = [f"{10 * number} - {10 * number + 10} %" for number in range(10)]
-        ratios = f"mean square over squared mean of single pixels: {first[2]:.2f}, {last[2]:.2f}"
-        CONSOLE.print(make_table(f"{run}; {ratios}", cells.rename_axis("tiles by error")))
+        tenths, parts = pd.DataFrame(make_columns(first, last)), make_parts(first, last)
+        tenths.index = [f"{10 * number} - {10 * number + 10} %" for number in range(10)]
+        CONSOLE.print(f"\n{run}\nmean square over squared mean of single pixels:")
+        CONSOLE.print(f"{first.pixel_ratio:.2f} at {at[0]}, {last.pixel_ratio:.2f} at {at[1]}")
+        for title, cells in {"tiles by error": tenths, "part of a tile's error": parts}.items():
+            CONSOLE.print(make_table(title, cells.map("{:.2f}".format).rename_axis(title)))
     return success
 
 
