@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "research" / "log.md", *sorted(DOCS.glob("*.md"))]
 MAX_PICTURE_BYTES = 60_000
+COMPARISON = re.compile(r"^ *((?:softmining (?:bench|image)|python research/figure4.py) (?:.*\\\n)*.*)", re.MULTILINE)
+FREE = {"--samplers", "--seeds", "--scenes", "--batches"}
+"""Flags that runs of one folder may differ in."""
 
 
 def text(page: Path) -> str:
@@ -63,12 +67,29 @@ def test_samplers_of_commands_on_photographs_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_of_commands_exist(page):
-    for path in re.findall(r"(?:python|softmining bench) ((?:research|configs)/\S+)", text(page)):
-        assert (ROOT / path.rstrip("`")).is_file(), path
+    for path in re.findall(r"(?:python|softmining bench) ((?:research|configs)/\S+?\.(?:py|yaml))", text(page)):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
+def test_commands_of_a_page_can_run_one_after_the_other(page):
+    """A folder of results takes no runs of other settings."""
+    settings = {}
+    for command in COMPARISON.findall(text(page)):
+        flags, name = {}, ""
+        for word in shlex.split(command.replace("\\\n", " "), comments=True):
+            name = word if word.startswith("--") else name
+            flags.setdefault(name, []).append(word)
+        command_name, subject = flags[""][:2], Path(flags[""][2]).stem
+        default = command_name if "python" in command_name else [*command_name, subject]
+        output = tuple(flags.pop("--output", default))
+        rest = {name: words for name, words in flags.items() if name not in FREE}
+        assert settings.setdefault(output, rest) == rest, command
 
 
 def test_the_readme_has_the_table_of_the_site_and_the_commands_of_the_tests():
     readme = text(ROOT / "README.md")
-    assert text(DOCS / "snippets" / "gain.md").partition("\n\n")[0] in readme
+    table = re.search(r"^\| you train.*?\n\n", readme, re.MULTILINE | re.DOTALL)
+    assert table and table[0] in text(DOCS / "index.md") and table[0] in text(DOCS / "results.md")
     for command in ("pip install . && softmining demo", 'pip install ".[test]" && pytest'):
         assert f"\n{command}\n" in readme
