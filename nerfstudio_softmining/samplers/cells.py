@@ -188,6 +188,35 @@ class Grid:
         cells = F.pad(cells, (0, tile_columns * side - columns, 0, tile_rows * side - rows))
         return cells.view(tile_rows, side, tile_columns, side).transpose(1, 2).flatten()
 
+    def blurred(self, values: Float[Tensor, "m tiles"], kernel: Sequence[float]) -> Float[Tensor, "m tiles"]:
+        """Convolve values of the smallest tiles along rows and columns.
+
+        They are 0 outside of an image; the left and right sides of a panorama meet.
+
+        Args:
+            values: values of each tile.
+            kernel: the half of a symmetric kernel from its centre on, in tiles.
+        """
+        _, columns, start, ends = self._layouts[0]
+        tile = torch.arange(self.num_tiles, device=ends.device)
+        index = torch.searchsorted(ends, tile, right=True)
+        local, width = tile - start[index], columns[index]
+        height = (ends[index] - start[index]) // width
+        is_round = self.images.is_equirectangular
+        for place, size, stride, wraps in (
+            (local // width, height, width, False),
+            (local % width, width, torch.ones_like(width), is_round),
+        ):
+            result = kernel[0] * values
+            for distance, weight in enumerate(kernel[1:], 1):
+                for offset in (-distance, distance):
+                    moved = (place + offset) % size if wraps else place + offset
+                    is_inside = (moved >= 0) & (moved < size)
+                    neighbour = torch.where(is_inside, tile + (moved - place) * stride, 0)
+                    result += weight * torch.where(is_inside, values[:, neighbour], 0.0)
+            values = result
+        return values
+
     def tile_parents(self) -> list[Int64[Tensor, " _"]]:
         """Return the larger tile that each tile is in, level by level from the smallest tiles."""
         parents = []

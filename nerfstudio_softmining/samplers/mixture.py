@@ -8,6 +8,7 @@ by the density of the whole mixture, the balance heuristic of Veach and Guibas (
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -24,7 +25,10 @@ from nerfstudio_softmining.samplers.cells import PixelDensity
 from nerfstudio_softmining.samplers.detail import ERROR_POWER, Detail, DetailConfig, DetailState
 from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
 from nerfstudio_softmining.samplers.registry import register
-from nerfstudio_softmining.settings import Fraction, Interval, NonNegative
+from nerfstudio_softmining.settings import Fraction, Interval
+
+MAX_HALF = 65504.0
+"""The largest number of 16 bits."""
 
 
 @dataclass
@@ -41,8 +45,8 @@ class MixtureConfig(DetailConfig):
     pool_size: Annotated[int, Interval(1, 256)] = 8
     """Chains for each ray that follows one. They take turns: rays of successive batches are far apart, and the batches
     of as many steps are drawn together."""
-    noise: NonNegative = 2e-2
-    """Standard deviation of a chain's step, in image sides (geometric mean of height and width)."""
+    noise: Annotated[float, Interval(0, 8)] = 0.5
+    """Standard deviation of a chain's step along rows and columns, in sides of a tile."""
     restart_fraction: Fraction = 0.3
     """Fraction of the chains to which a ray of the map is proposed as a new start after each step, in [0, 1]."""
     memory: Fraction = 0.95
@@ -86,6 +90,8 @@ class MixtureState(NamedTuple):
     """The pool, those of the block first; more chains than the batch has, after it has shrunk."""
     block: Block | None
     """Batches whose chains have not moved yet."""
+    chain_ratio: Float[Tensor, " tiles"]
+    """Ratio of the chains' density to the predicted error, in each tile."""
     total_error: Float[Tensor, ""]
     """Sum of the predicted errors of all cells, times the ratio of observed to predicted error."""
     restarted: Float[Tensor, ""]
@@ -109,9 +115,9 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
     config_class = MixtureConfig
     state_class = MixtureState
     image_fields = ("map.seen", "map.ratio")
-    derived_fields = ("map.density", "total_error")
-    live_settings = ("chain_fraction", "uniform_fraction", "noise", "restart_fraction")
-    photo_settings = {"alpha": 0.3, "noise": 1e-3}
+    derived_fields = ("map.density", "chain_ratio", "total_error")
+    live_settings = ("chain_fraction", "uniform_fraction", "restart_fraction")
+    photo_settings = {"alpha": 0.3, "noise": 0.1}
 
     def __init__(self, config: MixtureConfig, context: SamplerContext, images: TrainingImages) -> None:
         super().__init__(config, context, images)
@@ -119,12 +125,12 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         self.map = _Map(config, context, images)
         grid, prior = self.map.grid, self.map.prior
         self.area = torch.zeros(grid.num_tiles, dtype=torch.float16, device=images.device)
-        """Valid pixels of each tile, in cells, by their weight in a uniform draw."""
-        self.predicted = torch.zeros(grid.num_tiles, device=images.device)
+        """Valid pixels of each tile, in cells."""
+        self.predicted = torch.zeros_like(self.area)
         """Sum of the predicted errors of the cells of each tile."""
         for index in range(images.num_cached):
-            tiles, weights = grid.tile_slice(index), grid.pixel_weights(index)
-            self.area[tiles] = weights.view(-1, grid.tile_side**2).sum(dim=1)
+            tiles, valid = grid.tile_slice(index), grid.sums(index, images.valid_mask(index).float())
+            self.area[tiles] = (valid / grid.cell_size**2).view(-1, grid.tile_side**2).sum(dim=1)
             if prior is not None:
                 predicted = dens.relative_weight(prior.table, grid.cells_of(index), ERROR_POWER)
                 self.predicted[tiles] = predicted.view(-1, grid.tile_side**2).sum(dim=1)
@@ -162,7 +168,7 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
             restarted = self._start(density, len(chains.ratio))
             chains = where(self.images.contains(_samples(chains)), chains, restarted)
         zero = torch.zeros((), device=self.images.device)
-        return MixtureState(state, chains, None, zero, zero)
+        return MixtureState(state, chains, None, torch.zeros_like(self.predicted), zero, zero)
 
     def _start(self, density: PixelDensity | None, count: int) -> Chains:
         """Return chains at places that the map draws, which they leave for the first ones that they see."""
@@ -170,8 +176,13 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         return Chains(start.image_index, start.position, start.position, torch.zeros_like(start.density_ratio))
 
     def rebuild(self, state: MixtureState) -> MixtureState:
-        total_error = (self.predicted * state.map.ratio).sum()
-        return state._replace(map=self.map.rebuild(state.map), total_error=total_error)
+        grid, error = self.map.grid, self.predicted * state.map.ratio
+        # rays are drawn where the chains step to; a step to where nothing can be drawn is not taken
+        can_step = torch.where(self.predicted > 0, self.area.float() / grid.tile_side**2, 0.0)
+        stepped, taken = grid.blurred(torch.stack((error, can_step)), step_kernel(self.config.noise))
+        chain_error = can_step * stepped + (1 - taken) * error
+        chain_ratio = torch.where(self.predicted > 0, chain_error / self.predicted, 0.0).clamp_max(MAX_HALF).half()
+        return state._replace(map=self.map.rebuild(state.map), chain_ratio=chain_ratio, total_error=error.sum())
 
     def flush(self, state: MixtureState) -> MixtureState:
         state = self._settle(state)
@@ -226,7 +237,8 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         """Propose a step to each chain. Draw a ray in the tile there, in proportion to the predicted error."""
         place, grid = _samples(chains), self.map.grid
         eta = torch.empty_like(place.position).normal_(generator=self.context.generator)
-        stepped = place._replace(position=place.position + self.config.noise * self.images.side(place) * eta)
+        side = self.config.noise * grid.tile_side * grid.cell_size
+        stepped = place._replace(position=place.position + side * eta)
         stepped = self.images.wrap(stepped)
         stepped = where(self.images.contains(stepped), stepped, place)
         stepped = where(self.predicted[grid.tile(stepped)] > 0, stepped, place)
@@ -234,10 +246,10 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         return chains._replace(proposed=stepped.position), grid.draw_within(cell)[0]
 
     def _chain_density(self, state: MixtureState, density: PixelDensity, samples: PixelSamples) -> Float[Tensor, " n"]:
-        """Return the density p / u of rays that follow chains: that of the expected error."""
+        """Return the density p / u of rays that follow chains: that of the expected error, one step further."""
         grid, table = self.map.grid, density.table
         cell = grid.cell(samples)
-        error = dens.relative_weight(table, cell, ERROR_POWER) * state.map.ratio[grid.tile_of(cell)]
+        error = dens.relative_weight(table, cell, ERROR_POWER) * state.chain_ratio[grid.tile_of(cell)]
         return self.images.density_ratio(error / state.total_error / grid.num_valid(cell), samples)
 
     def update(self, state: MixtureState, batch: MiningBatch, applied: Tensor | bool) -> MixtureState:
@@ -308,6 +320,29 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
 
         is_accepted = metropolis.accepts(weight(chains), weight(proposed), self.context.generator)
         return where(is_accepted, proposed, chains), is_accepted
+
+
+def step_kernel(noise: float) -> list[float]:
+    """Return how likely a normal step ends 0, 1, 2, ... tiles further along an axis, from anywhere in a tile.
+
+    Args:
+        noise: standard deviation of the step, in sides of a tile.
+
+    >>> [round(part, 4) for part in step_kernel(0.5)]
+    [0.6096, 0.191, 0.0042]
+    """
+    if noise == 0:
+        return [1.0]
+
+    def integral(place: float) -> float:
+        """Integrate the normal distribution function up to a place."""
+        z = place / noise
+        return place * (1 + math.erf(z / math.sqrt(2))) / 2 + noise * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+    tiles = range(math.ceil(3 * noise) + 1)
+    kernel = [integral(tile + 1) - 2 * integral(tile) + integral(tile - 1) for tile in tiles]
+    total = kernel[0] + 2 * sum(kernel[1:])
+    return [part / total for part in kernel]
 
 
 def _split(chains: Chains, count: int) -> tuple[Chains, Chains]:
