@@ -536,6 +536,18 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_anything(kind, fir
     assert same_tensors(other.state_dict(), sampler.state_dict())
 
 
+@EACH_MINED
+@pytest.mark.parametrize("factors", [(1, 2), (2, 1)], ids=["larger", "smaller"])
+def test_a_run_goes_on_at_another_resolution(kind, factors):
+    cases = [Case(tuple((f * height, f * width) for height, width in SIZES), masked=True) for f in factors]
+    before, after = (prepared(kind, case, 100) for case in cases)
+    train(before, cases[0].batch(), 5)
+    after.load_state_dict(through_a_file(before.state_dict()))
+    size = {i: torch.tensor(size) for i, size in zip(cases[1].ids, cases[1].sizes, strict=True)}
+    for rays in train(after, cases[1].batch(), 6):
+        assert all((torch.tensor(pixel) < size[i]).all() for i, *pixel in rays["indices"].tolist())
+
+
 def test_a_run_resumed_with_another_uniform_fraction_draws_by_it_at_once():
     sampler, case = prepared("detail", Case(), 3000, uniform_fraction=0.1), Case()
     train(sampler, case.batch(), 1)

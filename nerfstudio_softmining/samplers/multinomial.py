@@ -62,8 +62,9 @@ class Multinomial(DensitySampler[MultinomialConfig, MultinomialState]):
         return MultinomialState(0 if previous is None else previous.steps, None, None)
 
     def rebuild(self, state: MultinomialState) -> MultinomialState:
-        density = None if state.weights is None else PixelDensity.from_cells(self.grid, state.weights)
-        return state._replace(density=density)
+        if state.weights is None or len(state.weights) != self.grid.num_cells:  # of a checkpoint with another side
+            return state._replace(weights=None, density=None)
+        return state._replace(density=PixelDensity.from_cells(self.grid, state.weights))
 
     def draw(self, state: MultinomialState, count: int) -> tuple[Samples, MultinomialState]:
         if state.weights is None or state.steps % self.config.refresh == 0:

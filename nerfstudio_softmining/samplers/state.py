@@ -136,14 +136,16 @@ class SamplerRun:
         return {
             "state": save(self.state, (*self.sampler.derived_fields, *self.sampler.image_fields)),
             "images": self.sampler.images.image_index,
+            "sizes": self.sampler.images.sizes,
             "by_image": self._by_image(self.state),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint; as from other images where these are not those of the checkpoint."""
-        sampler, device = self.sampler, self.sampler.images.device
+        """Go on from a checkpoint; as from other images where their numbers or sizes are others."""
+        sampler, images = self.sampler, self.sampler.images
         self.evicted = saved["by_image"]
-        state = load(sampler.state_class, saved["state"], device, sampler.init())
-        if not torch.equal(saved["images"].to(device), sampler.images.image_index):
+        state = load(sampler.state_class, saved["state"], images.device, sampler.init())
+        is_same = torch.equal(saved["images"].to(images.device), images.image_index)
+        if not is_same or list(map(tuple, saved["sizes"])) != images.sizes:
             state = sampler.init(state)
         self.state = self._restored(state)
