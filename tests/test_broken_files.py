@@ -119,12 +119,13 @@ def test_training_ends_with_the_name_of_the_missing_image(tmp_path):
     assert f"the image {missing}, listed in {tmp_path / 'transforms.json'}, does not exist" in done.stderr
 
 
-def test_a_split_without_images_is_named(tmp_path):
+def test_a_split_without_images_is_named_when_it_is_needed(tmp_path):
     config = deepcopy(methods.softmining_nerfacto_lite.config).pipeline
     config.datamanager.data = write_capture(tmp_path, num_images=2)
     pipeline = config.setup(device="cpu")
+    pipeline.get_training_callbacks(TrainingCallbackAttributes(None, None, pipeline, None))
     with pytest.raises(UserError, match="0 held-out images.*eval-mode"):
-        pipeline.get_training_callbacks(TrainingCallbackAttributes(None, None, pipeline, None))
+        pipeline.get_eval_loss_dict(0)
 
 
 def test_each_data_set_has_its_own_list_of_what_stays_on_the_host(tmp_path):

@@ -22,6 +22,7 @@ from virtual_device import DEVICE, MixedDevicesError, VirtualDevice
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import methods
+from nerfstudio_softmining.plugin.datamanager import SoftMiningDataManager
 from nerfstudio_softmining.plugin.pixel_sampler import SPECS, MiningPixelSampler
 
 KINDS = tuple(SPECS)
@@ -76,6 +77,7 @@ class Training:
         kind: str,
         device: torch.device,
         images_on_gpu: bool = True,
+        masks_on_gpu: bool = True,
         eval_mode: str = "all",
         begin: bool = True,
         **settings,
@@ -86,7 +88,7 @@ class Training:
         config.datamanager.data = data
         config.datamanager.dataparser.eval_mode = eval_mode
         config.datamanager.train_num_rays_per_batch = 64
-        config.datamanager.images_on_gpu = images_on_gpu
+        config.datamanager.images_on_gpu, config.datamanager.masks_on_gpu = images_on_gpu, masks_on_gpu
         config.datamanager.pixel_sampler.kind = kind
         if kind != "uniform":
             own = EPOCHS_APART.get(kind, {}) | settings.get(kind, {})
@@ -186,24 +188,41 @@ def test_corrections_and_restarts_do_not_wait_either(scenes, kind):
 @pytest.mark.parametrize("masks_on_gpu", [True, False])
 def test_images_on_the_host_are_drawn_from_there_with_their_masks(scenes, kind, masks_on_gpu):
     with VirtualDevice():
-        training = Training(scenes["mixed sizes and masks"], kind, DEVICE, images_on_gpu=False)
-        training.pipeline.datamanager.config.masks_on_gpu = masks_on_gpu
+        scene = scenes["mixed sizes and masks"]
+        training = Training(scene, kind, DEVICE, images_on_gpu=False, masks_on_gpu=masks_on_gpu)
         for _ in range(2):
             training.step()
-        images = next(training.pipeline.datamanager.iter_train_image_dataloader)["image"]
-    assert {image.device.type for image in images} == {"cpu"}
+        cached = next(training.pipeline.datamanager.iter_train_image_dataloader)
+    assert {image.device.type for key in ("image", "mask") for image in cached[key]} == {"cpu"}
 
 
-@pytest.mark.parametrize("num_images, fits", [(-1, False), (1, True)])
-def test_images_that_a_gpu_has_no_room_for_stay_on_the_host(scenes, num_images, fits, monkeypatch, capsys):
-    manager = Training(scenes["plain"], "mixture", torch.device("cpu"), begin=False).pipeline.datamanager
-    size = 3 * int((manager.train_dataset.cameras.height * manager.train_dataset.cameras.width).sum())
+@pytest.mark.parametrize("scene, free, fits", [("plain", 5.0, True), ("masks", 5.0, False), ("masks", 6.0, True)])
+@pytest.mark.parametrize("num_images, num_repeats", [(-1, -1), (2, -1), (2, 10)])
+def test_a_gpu_has_to_have_room_for_all_that_is_cached(
+    scenes, scene, free, fits, num_images, num_repeats, monkeypatch, capsys
+):
+    """Three bytes of colour a pixel, one of the mask, and twice as many where the next images are loaded in between."""
+    manager = Training(scenes[scene], "mixture", torch.device("cpu"), begin=False).pipeline.datamanager
     assert manager._images_fit_on_device()
+    cameras = manager.train_dataset.cameras
+    pixels = int((cameras.height * cameras.width).sum()) * (1.0 if num_images == -1 else num_images / len(cameras))
+    size = free * pixels * (2 if num_repeats > 0 else 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, 2 * size))
     monkeypatch.setattr(manager, "device", torch.device("cuda"))
     manager.config.train_num_images_to_sample_from = num_images
+    manager.config.train_num_times_to_repeat_images = num_repeats
     assert manager._images_fit_on_device() == fits
     assert ("stay on the host" in capsys.readouterr().out.replace("\n", " ")) != fits
+
+
+@pytest.mark.parametrize("scene", ["masks", "mixed sizes and masks"])
+def test_images_that_a_gpu_has_no_room_for_stay_on_the_host(scenes, scene, monkeypatch):
+    monkeypatch.setattr(SoftMiningDataManager, "_images_fit_on_device", lambda manager: False)
+    with VirtualDevice():
+        training = Training(scenes[scene], "mixture", DEVICE)
+        training.step()
+        cached = next(training.pipeline.datamanager.iter_train_image_dataloader)
+    assert {image.device.type for key in ("image", "mask") for image in cached[key]} == {"cpu"}
 
 
 @pytest.mark.parametrize("scene", ["masks", "mixed sizes and masks"])

@@ -97,7 +97,7 @@ def test_each_goes_on_with_its_own_pool(trained, scene, tmp_path):
 
 def test_one_process_shares_nothing():
     batch = MiningBatch(torch.zeros(3, 3).long(), torch.ones(3), 3)
-    assert distributed.share(batch, 3, None) is None and distributed.gather("state") == ["state"]
+    assert distributed.share(batch, 3, None) is None and distributed.gather("state", "cpu") == ["state"]
 
 
 @pytest.mark.parametrize("num_rays", [6, 4, 9])

@@ -347,6 +347,25 @@ def test_an_image_that_is_not_of_its_cameras_size_is_named(tmp_path):
     assert "has 24 x 32 pixels (height x width), and its camera 24 x 16" in str(error.value)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_images_that_are_rounded_up_lose_the_rows_and_columns_that_their_cameras_have_not(tmp_path, masks):
+    write_capture(tmp_path, 3, masks=masks)
+    change_frames(tmp_path, lambda number, frame: frame.update(h=frame["h"] - number // 2, w=frame["w"] - number % 2))
+    pipeline = build(tmp_path)
+    check_training(pipeline)
+    for number, (height, width) in enumerate(((24, 32), (24, 31), (23, 32))):
+        data = pipeline.datamanager.train_dataset.get_data(number, "uint8")
+        whole = np.array(Image.open(tmp_path / f"images/{number:03}.png"))
+        assert (data["image"].numpy() == whole[:height, :width]).all()
+        assert not masks or data["mask"].shape[:2] == (height, width)
+
+
+def test_an_image_that_is_smaller_than_its_camera_is_named(tmp_path):
+    change_frames(write_capture(tmp_path, 3), lambda number, frame: frame.update(w=frame["w"] + number % 2))
+    with pytest.raises(UserError, match="24 x 32 pixels .* its camera 24 x 33.*--downscale-rounding-mode"):
+        train(build(tmp_path))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (6, 40), (10, 11), (11, 11)])
 def test_metrics_of_tiny_images_are_left_out_instead_of_failing(size):
     image = torch.rand(1, 3, *size)
@@ -419,8 +438,13 @@ def test_a_single_image_is_trained_on_by_what_the_messages_say(tmp_path):
     write_capture(tmp_path, 1)
     with pytest.raises(UserError, match="--auto-scale-poses False"):
         build(tmp_path, eval_mode="fraction")
-    with pytest.raises(UserError, match="0 held-out images.*`all` for a single image"):
-        train(build(tmp_path, eval_mode="fraction", auto_scale_poses=False))
+    assert len(train(build(tmp_path, eval_mode="fraction", auto_scale_poses=False))) == STEPS
+
+
+def test_a_scene_without_held_out_images_is_trained_on(tmp_path):
+    pipeline = build(write_capture(tmp_path, 3), eval_mode="fraction", train_split_fraction=1.0)
+    assert len(pipeline.datamanager.eval_dataset) == 0
+    assert len(train(pipeline)) == STEPS
 
 
 # --------------------------------------------------------------------------------------------------------- depth maps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import torch
 from nerfstudio.cameras.rays import RayBundle
@@ -19,11 +19,12 @@ from nerfstudio.utils import comms
 from nerfstudio.utils.misc import get_orig_class, step_check
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nerfstudio_softmining.errors import SettingError, UserError, naming_flags
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.plugin.cameras import check_cameras, describe_bad_frames
-from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, NamesBrokenFiles
+from nerfstudio_softmining.plugin.dataset import ByteImages, ImageCache, NamesBrokenFiles, bytes_per_pixel
 from nerfstudio_softmining.plugin.distributed import gather
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.plugin.rays import MiningRayGenerator
@@ -156,10 +157,11 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
     @cached_property
     def iter_train_image_dataloader(self) -> Iterator[Any]:
         """The cached training images, on the device if `images_on_gpu`. Loaded at the first use."""
-        config, dataset = self.config, self.train_dataset
+        config, dataset = self.config, cast(NamesBrokenFiles, self.train_dataset)
+        self._check_images(dataset)
         # masks are needed where pixels are drawn, which is where the images are
         on_device = config.images_on_gpu and self._images_fit_on_device()
-        on_host = [] if on_device else dataset.exclude_batch_keys_from_device
+        on_host = [] if on_device else dataset.pixel_keys
         self.train_image_dataloader = self._cache(
             dataset, config.train_num_images_to_sample_from, config.train_num_times_to_repeat_images, on_host
         )
@@ -167,12 +169,15 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
 
     def _images_fit_on_device(self) -> bool:
         """Return whether the cached training images leave a GPU enough memory to train in; say so if they do not."""
-        device, cameras = torch.device(self.device), self.train_dataset.cameras
+        device, dataset = torch.device(self.device), self.train_dataset
         if device.type != "cuda":
             return True
-        wanted = self.config.train_num_images_to_sample_from
-        fraction = 1.0 if wanted == -1 else min(1.0, wanted / len(self.train_dataset))
-        needed = 3 * fraction * float((cameras.height * cameras.width).sum())
+        wanted, cameras = self.config.train_num_images_to_sample_from, dataset.cameras
+        fraction = 1.0 if wanted == -1 else min(1.0, wanted / len(dataset))
+        # nerfstudio loads the next images while the sampler still has the last ones
+        copies = 2 if fraction < 1 and self.config.train_num_times_to_repeat_images != -1 else 1
+        pixels = float((cameras.height * cameras.width).sum())
+        needed = copies * fraction * pixels * bytes_per_pixel(self._as_cached(dataset)[0])
         free, _ = torch.cuda.mem_get_info(device)
         if needed <= IMAGE_MEMORY * free:
             return True
@@ -188,6 +193,7 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
     def iter_eval_image_dataloader(self) -> Iterator[Any]:
         """The cached images of evaluation, on the host. Loaded at the first use."""
         config, dataset = self.config, self.eval_dataset
+        self._check_images(dataset)
         self.eval_image_dataloader = self._cache(
             dataset,
             config.eval_num_images_to_sample_from,
@@ -196,7 +202,8 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
         )
         return iter(self.eval_image_dataloader)
 
-    def _cache(self, dataset: InputDataset, num_images: int, num_repeats: int, on_host: list[str]) -> ImageCache:
+    def _check_images(self, dataset: InputDataset) -> None:
+        """Check that a split has images, and these have pixels."""
         if len(dataset) == 0:
             split = "training" if dataset is self.train_dataset else "held-out"
             raise UserError(
@@ -208,11 +215,10 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
                 f"--pipeline.datamanager.camera-res-scale-factor is {self.config.camera_res_scale_factor}, which "
                 "leaves images without pixels. Set it closer to 1."
             )
-        sampler = self.config.pixel_sampler
-        # what nerfstudio computes from whole images needs them in float32
-        as_bytes = isinstance(sampler, MiningPixelSamplerConfig) and not (sampler.keep_full_image or dataset.mask_color)
+
+    def _cache(self, dataset: InputDataset, num_images: int, num_repeats: int, on_host: list[str]) -> ImageCache:
         return ImageCache(
-            ByteImages(dataset) if as_bytes else dataset,
+            self._as_cached(dataset),
             num_images_to_sample_from=num_images,
             num_times_to_repeat_images=num_repeats,
             device=self.device,
@@ -220,6 +226,13 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
             exclude_batch_keys_from_device=on_host,
             num_workers=self.world_size * 4,
         )
+
+    def _as_cached(self, dataset: InputDataset) -> Dataset:
+        """Return the data set whose items the cache keeps."""
+        sampler = self.config.pixel_sampler
+        # what nerfstudio computes from whole images needs them in float32
+        as_bytes = isinstance(sampler, MiningPixelSamplerConfig) and not (sampler.keep_full_image or dataset.mask_color)
+        return ByteImages(dataset) if as_bytes else dataset
 
     def _get_pixel_sampler(self, dataset: InputDataset, num_rays_per_batch: int) -> PixelSampler:
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)  # pyright: ignore[reportArgumentType]
@@ -280,7 +293,7 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
     ) -> list[TrainingCallback]:
         """Load the images, and update the sampler after each step."""
         _ = self.iter_train_image_dataloader
-        if self.test_mode == "val":  # ns-train, which evaluates batches as well
+        if self.test_mode == "val" and len(self.eval_dataset) > 0:  # ns-train, which evaluates batches as well
             _ = self.iter_eval_image_dataloader
         scaler = training_callback_attributes.grad_scaler
         self._loss_scale = compat.loss_scale(scaler)
@@ -305,7 +318,8 @@ class SoftMiningDataManager(VanillaDataManager[TDataset]):
 
         def collect_states(step: int) -> None:
             is_saved = trainer is not None and (step == last or step_check(step, trainer.config.steps_per_save))
-            self._other_states = gather(self._own_state())[1:] if is_saved and self.world_size > 1 else []
+            is_shared = is_saved and self.world_size > 1
+            self._other_states = gather(self._own_state(), self.device)[1:] if is_shared else []
 
         return [
             *super().get_training_callbacks(training_callback_attributes),

@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -73,8 +73,10 @@ class NamesBrokenFiles(InputDataset):
                 "supervision needs. Add them, or train softmining-nerfacto."
             )
         super().__init__(dataparser_outputs, scale_factor)
+        self.pixel_keys = list(dict.fromkeys(("image", "mask", *self.exclude_batch_keys_from_device)))
+        """Keys of what an item has for each pixel."""
         # nerfstudio's datamanager removes entries, and would do so for all data sets of the process
-        self.exclude_batch_keys_from_device = list(self.exclude_batch_keys_from_device)
+        self.exclude_batch_keys_from_device = list(self.pixel_keys)
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         """Load an image and its mask and depth map, where the scene has them.
@@ -92,7 +94,7 @@ class NamesBrokenFiles(InputDataset):
             raise
         except UNREADABLE as error:
             raise UserError(describe_broken(files, error)) from error
-        self._check_size(image_idx, data["image"].shape[:2])
+        data = self._cropped(image_idx, data)
         if isinstance(self, DepthDataset):
             data["depth_image"] = self._without_spoilt_depths(data["depth_image"], data["image"], files["depth map"])
         elif any(key in data and not data[key].isfinite().all() for key in PRIORS):
@@ -100,16 +102,25 @@ class NamesBrokenFiles(InputDataset):
             raise UserError(f"{names} has pixels that are NaN or infinite. Repair it, or train without these maps.")
         return data
 
-    def _check_size(self, image_idx: int, size: Sequence[int]) -> None:
-        """Check that an image has its camera's size, up to rounding, as rays would miss its pixels otherwise."""
+    def _cropped(self, image_idx: int, data: dict[str, Any]) -> dict[str, Any]:
+        """Return an item without the last rows and columns that its camera has not, where its size was rounded up."""
+        size = data["image"].shape[:2]
         camera = int(self.cameras.height[image_idx]), int(self.cameras.width[image_idx])
-        if any(abs(ours - theirs) > max(1, SIZE_TOLERANCE * ours) for ours, theirs in zip(size, camera, strict=True)):
+        if size == camera:
+            return data
+        if any(
+            not 0 <= ours - theirs <= max(1, SIZE_TOLERANCE * ours) for ours, theirs in zip(size, camera, strict=True)
+        ):
             file = self._files(image_idx)["image"]
             raise UserError(
                 f"the image {file}, {listed_in(file)}, has {size[0]} x {size[1]} pixels (height x width), and its "
                 f"camera {camera[0]} x {camera[1]}. Correct the camera's size, focal lengths and centre there, or the "
-                "dataparser's downscale factor."
+                "dataparser's downscale factor, such as `colmap --downscale-rounding-mode`."
             )
+        return {
+            key: value[: camera[0], : camera[1]] if isinstance(value, Tensor) and value.shape[:2] == size else value
+            for key, value in data.items()
+        }
 
     def _without_spoilt_depths(self, depth: Tensor, image: Tensor, file: Path) -> Tensor:
         """Return a depth map with 0 in place of NaN and infinities, and say so at the first one that has some."""
@@ -181,7 +192,7 @@ class ByteImages(Dataset):
 
 
 class ImageCache(CacheDataloader):
-    """nerfstudio's cache, which needs no more memory than the images it keeps.
+    """nerfstudio's cache, which loads images without a second copy of them.
 
     Images are decoded in parallel, and each goes straight to its place on the device. Images of different sizes are
     views of one tensor [pixels, channels]. Where some are RGBA, all are. `collate_fn` has no effect.
@@ -240,6 +251,13 @@ class ImageCache(CacheDataloader):
         if len({image.shape[-1] for image in apart.get("image", ())} & {3, 4}) == 2:
             apart["image"] = [_with_alpha(image) for image in apart["image"]]
         return joined | apart | get_dict_to_torch(nerfstudio_collate(rest), device=self.device, exclude=on_host)
+
+
+def bytes_per_pixel(item: Mapping[str, Any]) -> int:
+    """Return the memory in bytes that an item of a data set takes for each pixel of its image."""
+    image = item["image"]
+    parts = (part for part in item.values() if isinstance(part, Tensor) and part.shape[:2] == image.shape[:2])
+    return sum(part[0, 0].numel() * part.element_size() for part in parts)
 
 
 def _with_alpha(image: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from nerfstudio.utils import comms
+from torch import Tensor
 
 from nerfstudio_softmining.samplers.base import MiningBatch
 from nerfstudio_softmining.samplers.images import TrainingImages
@@ -50,11 +52,28 @@ def share(batch: MiningBatch, num_rays: int, images: TrainingImages) -> MiningBa
     return MiningBatch(indices, torch.where(is_cached, ratio, 1.0), 0, importance=importance, error=error)
 
 
-def gather(state: Any) -> list[Any]:
-    """Return the states of all processes to the first one, and nothing to the others. All of them have to call this."""
+def gather(state: Any, device: torch.device | str) -> list[Any]:
+    """Return the states of all processes to the first one, and nothing to the others. All of them have to call this.
+
+    Args:
+        state: dictionaries, lists, tensors and numbers, as a checkpoint holds them.
+        device: device of this process. Tensors of the states that come back are on the CPU.
+    """
     world_size, is_first = comms.get_world_size(), comms.get_rank() == 0
     if world_size == 1:
         return [state]
     states: list[Any] = [None] * world_size
-    dist.gather_object(state, states if is_first else None)
+    # NCCL sends through the current device, which nerfstudio leaves at the first GPU in all processes
+    is_cuda = torch.device(device).type == "cuda"
+    with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
+        dist.gather_object(_to_cpu(state), states if is_first else None)
     return states if is_first else []
+
+
+def _to_cpu(state: Any) -> Any:
+    """Return a state with its tensors on the CPU."""
+    if isinstance(state, dict):
+        return {key: _to_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_to_cpu, state))
+    return state.cpu() if isinstance(state, Tensor) else state
