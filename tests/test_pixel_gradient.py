@@ -153,6 +153,29 @@ def test_proposal_networks_neither_see_nor_add_to_the_pixel_gradient():
     assert gradient is None
 
 
+def test_a_render_between_steps_leaves_the_gradient_of_the_poses():
+    """Which the proposal networks add to in the steps that they are trained in."""
+    model = make_model()
+    model.density_fns = [network.density_fn for network in model.proposal_networks]
+    model.camera_optimizer = CameraOptimizerConfig(mode="SO3xR3").setup(num_cameras=2, device="cpu")
+    indices, truth = indices_and_truth()
+    cameras = make_cameras(**CAMERAS["perspective"])
+    gradients = []
+    for renders in (False, True):
+        if renders:
+            model.eval()
+            with torch.no_grad():
+                model(cameras.generate_rays(indices[:, :1], indices[:, 1:] + 0.5))
+            model.train()
+        model.zero_grad()
+        rays = MiningRayGenerator(cameras).mined(indices)
+        _, losses = forward(model, rays, truth)
+        losses["interlevel_loss"].backward()
+        gradients.append(model.camera_optimizer.pose_adjustment.grad.clone())
+    assert gradients[0].norm() > 0
+    assert torch.equal(*gradients)
+
+
 def test_camera_optimizer_gets_its_gradient_beside_the_pixels():
     model = make_model()
     model.camera_optimizer = CameraOptimizerConfig(mode="SO3xR3").setup(num_cameras=2, device="cpu")

@@ -71,9 +71,12 @@ class SoftMiningMixin(Model):
             super().populate_modules()
         self._outer_sampler().register_forward_hook(self._attach_pixel_gradient, with_kwargs=True)
         self.rgb_loss = self._weighted_loss()
-        self._encodings: list[Any] = list(quicken(self))
-        if self._encodings:
+        encodings, field = quicken(self), getattr(self, "field", None)
+        if encodings:
             compat.warn_if_tcnn_is_missing()
+        of_field = set() if field is None else set(field.modules())
+        self._encodings: list[Any] = [encoding for encoding in encodings if encoding in of_field]
+        """Encodings of the field, which runs after the proposal networks."""
         quicken_contractions(self)
         self._error_grid = ErrorGrid()
         self._rays: RayBundle | None = None
