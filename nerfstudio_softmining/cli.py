@@ -94,8 +94,8 @@ def image(
     Args:
         photo: Any image that OpenCV reads: 8 or 16 bit, .exr or .hdr; grey, RGB or RGBA.
         output: Folder for reconstructions, plots, results.json and checkpoints; outputs/image/PHOTO if not given.
-        samplers: How points are chosen: detail, langevin, uniform, uniform-weighted, edge, multinomial, error-map,
-            quadtree, greedy, evos; each with settings of its own after commas, as in langevin,drift=0.
+        samplers: How points are chosen: uniform-weighted, or any kind of sampler (docs/samplers.md). Settings of its
+            own follow a name after commas, as in langevin,drift=0.
         seeds: Seeds of the fits.
         at: Iterations at which PSNR is kept; the last ends a fit.
         config: The rest.

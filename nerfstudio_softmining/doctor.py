@@ -70,8 +70,6 @@ def check_torch() -> Row:
     version = torch.__version__
     if torch.cuda.is_available():
         return Row(f"{version}, on {torch.cuda.get_device_name()} (cuda)")
-    if torch.backends.mps.is_available():
-        return Row(f"{version}, on this Mac's GPU (mps)")
     fix = "without a GPU, use softmining-nerfacto-lite: it is sized for a CPU"
     if shutil.which("nvidia-smi"):
         fix = "to use the NVIDIA GPU of this machine, install a CUDA build of torch: https://pytorch.org"

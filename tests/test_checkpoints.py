@@ -305,6 +305,24 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_bit_for_bit(scene, trained
     assert not resume.exists()
 
 
+def test_a_signal_ends_a_training_that_is_paused(scene, tmp_path, usual_signals):
+    config = small_config(scene, tmp_path, STEPS)
+    trainer = make_trainer(config)
+
+    def pause(step: int) -> None:
+        if step == 6:
+            trainer.training_state = "paused"
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    alarm = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    trainer.callbacks.append(TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN_ITERATION], pause, 1))
+    with pytest.raises(SystemExit) as end:
+        trainer.train()
+    signal.signal(signal.SIGALRM, alarm)
+    assert end.value.code == 128 + signal.SIGINT
+    assert read(checkpoints(config)[0])["step"] == 6
+
+
 def test_a_second_interrupt_ends_at_once(scene, folder, usual_signals):
     config = resumed(scene, folder, steps=4)
     trainer = make_trainer(config)

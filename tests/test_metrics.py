@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,13 @@ from sampler_cases import Case, make_sampler, train
 
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin.loss import SoftMinedLoss
-from nerfstudio_softmining.plugin.metrics import batch_metrics, density_picture
+from nerfstudio_softmining.plugin.metrics import MetricsLog, batch_metrics, density_picture
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY
 from nerfstudio_softmining.samplers.base import MiningBatch
 from nerfstudio_softmining.samplers.images import PixelSamples
 
 RAYS = 100
+WRITER = "nerfstudio_softmining.plugin.metrics.writer"
 KINDS = {"detail": {}, "edge": {}, "error-map": {"interval": 10}, "mixture": {}, "quadtree": {}}
 
 
@@ -67,6 +70,23 @@ def test_the_expected_density_is_that_of_the_draws(kind, masked):
     assert expected.std() > 0.1  # or this would be no test
 
 
+@pytest.mark.parametrize("steps_per_picture, pictures", [(0, []), (5, [0, 5])])
+def test_pictures_are_written_at_nerfstudios_steps(steps_per_picture, pictures, monkeypatch):
+    """0 is never."""
+    sampler, batch = make_sampler(RAYS, kind="detail"), Case().batch()
+    mining = sampler.sample(batch)[BATCH_KEY]
+    manager = SimpleNamespace(last_batch=mining, train_pixel_sampler=sampler)
+    config = SimpleNamespace(logging=SimpleNamespace(steps_per_log=100), steps_per_eval_image=steps_per_picture)
+    trainer = SimpleNamespace(config=config, pipeline=SimpleNamespace(datamanager=manager))
+    log, written = MetricsLog(trainer, SoftMinedLoss(0.6, "density")), []
+    monkeypatch.setattr(f"{WRITER}.EVENT_WRITERS", [None])
+    monkeypatch.setattr(f"{WRITER}.put_scalar", lambda *_: None)
+    monkeypatch.setattr(f"{WRITER}.put_image", lambda name, picture, step: written.append(step))
+    for step in range(8):
+        log.update(step)
+    assert written == pictures
+
+
 def test_the_picture_is_the_density_of_the_view():
     case = Case()
     sampler, batch = make_sampler(RAYS, kind="detail"), case.batch()
@@ -97,7 +117,9 @@ def test_settings_change_at_the_next_batch():
     assert (mining.num_chains, mining.num_uniform) == (20, 30)
 
 
-@pytest.mark.parametrize("name, value", [("chain_fraction", 0.95), ("uniform_fraction", 0.001), ("noise", -1.0)])
+@pytest.mark.parametrize(
+    "name, value", [("chain_fraction", 0.95), ("uniform_fraction", 0.001), ("restart_fraction", -1.0)]
+)
 def test_a_setting_that_cannot_be_used_stays_as_it_was(name, value):
     sampler, batch = make_sampler(RAYS, kind="mixture"), Case().batch()
     train(sampler, batch, 2)

@@ -17,7 +17,8 @@ from training_cases import Training
 
 from nerfstudio_softmining.demo.scene import write_scene
 from nerfstudio_softmining.errors import UserError
-from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler
+from nerfstudio_softmining.plugin import compat
+from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler, MiningPixelSamplerConfig
 
 KINDS = tuple(SPECS)
 
@@ -155,6 +156,21 @@ def test_evaluation_loss_is_plain(scene):
     training = Training(scene)
     outputs, losses, _ = training.pipeline.get_eval_loss_dict(5000)
     assert "rgb_loss" in losses and training.pipeline.model.rgb_loss.batch is None
+
+
+@pytest.mark.parametrize("kind", ["mixture", "uniform"])
+def test_the_setting_of_a_crop_acts_without_metadata_of_the_scene(scene, kind):
+    sampler = MiningPixelSamplerConfig(kind=kind, fisheye_crop_radius=6.0)
+    training = Training(scene, kind=kind, manager={"pixel_sampler": sampler})
+    for _ in range(3):
+        training.step()
+        offset = training.last.indices[:, 1:] + 0.5 - 12  # images have 24 x 24 pixels
+        assert offset.norm(dim=1).max() < 6.8  # nerfstudio's own draw rounds down
+
+
+def test_a_device_without_double_precision_is_refused():
+    with pytest.raises(UserError, match="--machine.device-type is mps.*Set it to cpu"):
+        compat.prepare("mps")
 
 
 def test_a_datamanager_in_another_process_is_refused(scene):

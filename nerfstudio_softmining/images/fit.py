@@ -220,7 +220,7 @@ class Fit:
         state = {name: getattr(self, name).state_dict() for name in PARTS}
         del state["scheduler"]["milestones"]  # a Counter, which torch 2.1 does not load safely; the settings have them
         return {
-            "photo": {"size": self.photo.size, "fingerprint": fingerprint(self.photo)},
+            "photo": {"size": self.photo.size},
             "encoding": dataclasses.asdict(self.photo.encoding),
             "sampler": self.settings.sampler,
             "seed": self.settings.seed,

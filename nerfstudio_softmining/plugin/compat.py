@@ -32,7 +32,12 @@ def prepare(device: torch.device | str) -> None:
 
     Args:
         device: where training or evaluation runs.
+
+    Raises:
+        UserError: for a device that lacks what the samplers need.
     """
+    if torch.device(device).type == "mps":
+        raise UserError("--machine.device-type is mps, which has no 64-bit floating point. Set it to cpu.")
     allow_numpy_scalars_in_checkpoints()
     if torch.device(device).type == "cpu":
         prepare_cpu()
@@ -61,11 +66,9 @@ def implementation() -> Literal["tcnn", "torch"]:
     return "tcnn" if TCNN_EXISTS and torch.cuda.is_available() else "torch"
 
 
-def device_type() -> Literal["cpu", "cuda", "mps"]:
+def device_type() -> Literal["cpu", "cuda"]:
     """Return the device to train on. Can go when nerfstudio's default is not always "cuda"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare_cpu() -> None:

@@ -9,6 +9,7 @@ import torch
 from matplotlib import colormaps
 from nerfstudio.configs import base_config  # noqa: F401 # first, as nerfstudio's writer and it import each other
 from nerfstudio.utils import writer
+from nerfstudio.utils.misc import step_check
 from torch import Tensor
 
 from nerfstudio_softmining.mining.importance import effective_sample_size
@@ -65,10 +66,10 @@ class MetricsLog:
         is_read = any(not isinstance(event_writer, writer.LocalWriter) for event_writer in writer.EVENT_WRITERS)
         if not is_read or batch is None or not isinstance(sampler, MiningPixelSampler):
             return
-        if step % self.steps_per_log == 0:
+        if step_check(step, self.steps_per_log, run_at_zero=True):
             for name, value in batch_metrics(batch, self.loss).items():
                 writer.put_scalar(f"{GROUP}/{name}", value, step)
-        if step % self.steps_per_picture == 0 and sampler.run is not None:
+        if step_check(step, self.steps_per_picture, run_at_zero=True) and sampler.run is not None:
             self._write_pictures(step, batch, sampler)
 
     def _write_pictures(self, step: int, batch: MiningBatch, sampler: MiningPixelSampler) -> None:

@@ -120,7 +120,8 @@ class MiningPixelSampler(PixelSampler):
         self._most_rays = math.inf
         self.draws_uniformly = False
         """Whether the sampler is switched off for now, and all rays are uniform and weigh the same."""
-        super().__init__(config, **kwargs)
+        # without metadata nerfstudio passes None, which would replace the setting
+        super().__init__(config, **{name: value for name, value in kwargs.items() if value is not None})
         self._num_shared = self.num_rays_per_batch
 
     @property

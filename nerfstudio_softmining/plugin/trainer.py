@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -29,10 +30,15 @@ RESUME = "resume.yml"
 
 
 class StopSignals:
-    """Notes the first signal to stop. The second one acts as if this were not here."""
+    """Notes the first signal to stop. The second one acts as if this were not here.
 
-    def __init__(self) -> None:
+    Args:
+        on_receive: called at the first signal.
+    """
+
+    def __init__(self, on_receive: Callable[[], None]) -> None:
         self.received: int | None = None
+        self._on_receive = on_receive
         self._previous: dict[int, Any] = {}
 
     def catch(self) -> None:
@@ -50,6 +56,7 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        self._on_receive()
         self.release()
         CONSOLE.print(f"\n{signal.Signals(number).name}: training stops after this step, with a checkpoint.")
 
@@ -68,9 +75,13 @@ class SoftMiningTrainer(Trainer):
 
     def __init__(self, config: TrainerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._signals = StopSignals()
+        self._signals = StopSignals(self._stop)
         self._last_step: int | None = None
         """The last step that has been trained here."""
+
+    def _stop(self) -> None:
+        """Let nerfstudio's loop end after the step, or at once while training is paused."""
+        self.stop_training = True
 
     def setup(self, test_mode: Literal["test", "val", "inference"] = "val") -> None:
         """Set up data, model, viewer and logs."""
@@ -93,8 +104,8 @@ class SoftMiningTrainer(Trainer):
         self._last_step = step
         if step % STEPS_PER_CHECK == 0:
             self._check_parameters(result[1])
-        if self._signals.received is not None:
-            self.stop_training = True
+        if self._signals.received is not None:  # before the loop, which begins by forgetting it
+            self._stop()
         return result
 
     def _after_train(self) -> None:

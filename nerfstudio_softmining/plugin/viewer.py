@@ -88,7 +88,8 @@ class MiningPanel:
         self._errors = torch.zeros(2, len(manager.train_dataset), device=manager.device)
         gui = viewer.viser_server.gui
         with gui.add_folder("Soft mining"):
-            self._add_settings(gui)
+            if manager.world_size == 1:  # others would go on with the old ones
+                self._add_settings(gui)
             self.readings = gui.add_markdown("Waiting for the next batch.")
             with gui.add_folder("Where rays go"):
                 last = len(manager.train_dataset) - 1

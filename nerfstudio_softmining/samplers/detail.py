@@ -103,7 +103,6 @@ class Detail(DensitySampler[DetailConfig, DetailState]):
     config_class = DetailConfig
     state_class = DetailState
     image_fields = ("seen", "ratio")
-    live_settings = ("uniform_fraction", "error_exponent")
     is_stratified = True
     photo_settings = {"alpha": 0.3, "uniform_fraction": 0.5}
 

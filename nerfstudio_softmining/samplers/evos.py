@@ -33,7 +33,7 @@ class EvosConfig(SamplerConfig):
     """Settings of the sampler evos."""
 
     importance_weighted: bool = False
-    """Weight rays by their density (eq. 9); the original does not."""
+    """Has no effect: the density of what is selected is not known."""
     first_interval: PositiveCount = 100
     """Steps between two evaluations of the fitness at the start."""
     last_interval: PositiveCount = 50

@@ -47,6 +47,5 @@ class Greedy(ResidualSampler[GreedyConfig]):
 
     def choose(self, values: Tensor, count: int) -> PixelSamples:
         chosen = torch.randint(len(values), (count,), generator=self.context.generator, device=values.device)
-        samples, _ = self.grid.draw_within(values[chosen])
-        fraction = len(values) / self.grid.num_cells
-        return samples._replace(density_ratio=torch.full_like(samples.density_ratio, 1 / fraction))
+        samples, num_valid = self.grid.draw_within(values[chosen])
+        return samples._replace(density_ratio=self.images.density_ratio(1 / (len(values) * num_valid), samples))
