@@ -27,9 +27,6 @@ from nerfstudio_softmining.samplers.images import PixelSamples, TrainingImages
 from nerfstudio_softmining.samplers.registry import register
 from nerfstudio_softmining.settings import Fraction, Interval
 
-MAX_HALF = 65504.0
-"""The largest number of 16 bits."""
-
 
 @dataclass
 class MixtureConfig(DetailConfig):
@@ -181,7 +178,8 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         can_step = torch.where(self.predicted > 0, self.area.float() / grid.tile_side**2, 0.0)
         stepped, taken = grid.blurred(torch.stack((error, can_step)), step_kernel(self.config.noise))
         chain_error = can_step * stepped + (1 - taken) * error
-        chain_ratio = torch.where(self.predicted > 0, chain_error / self.predicted, 0.0).clamp_max(MAX_HALF).half()
+        chain_ratio = torch.where(self.predicted > 0, chain_error / self.predicted, 0.0)
+        chain_ratio = chain_ratio.clamp_max(torch.finfo(torch.float16).max).half()
         return state._replace(map=self.map.rebuild(state.map), chain_ratio=chain_ratio, total_error=error.sum())
 
     def flush(self, state: MixtureState) -> MixtureState:
