@@ -163,8 +163,14 @@ class Grid:
 
     def pixel_weights(self, cache_index: int) -> Float[Tensor, " cells"]:
         """Return the weight in [0, 1] of each cell of an image in a uniform draw."""
-        if not self.images.is_even:
-            return self.sums(cache_index, self.images.pixel_weight(cache_index)) / self.cell_size**2
+        if self.images.is_even:
+            return self.valid_fraction(cache_index)
+        return self.sums(cache_index, self.images.pixel_weight(cache_index)) / self.cell_size**2
+
+    def valid_fraction(self, cache_index: int) -> Float[Tensor, " cells"]:
+        """Return the number of valid pixels of each cell of an image, over that of the largest cells."""
+        if not self.images.all_valid:
+            return self.sums(cache_index, self.images.valid_mask(cache_index).float()) / self.cell_size**2
         down, right = (
             torch.bincount(torch.arange(size, device=self.images.device) * count // size, minlength=count)
             for size, count in zip(self.images.sizes[cache_index], self.shapes[cache_index], strict=True)

@@ -126,8 +126,8 @@ class Mixture(Sampler[MixtureConfig, MixtureState]):
         self.predicted = torch.zeros_like(self.area)
         """Sum of the predicted errors of the cells of each tile."""
         for index in range(images.num_cached):
-            tiles, valid = grid.tile_slice(index), grid.sums(index, images.valid_mask(index).float())
-            self.area[tiles] = (valid / grid.cell_size**2).view(-1, grid.tile_side**2).sum(dim=1)
+            tiles, valid = grid.tile_slice(index), grid.valid_fraction(index)
+            self.area[tiles] = valid.view(-1, grid.tile_side**2).sum(dim=1)
             if prior is not None:
                 predicted = dens.relative_weight(prior.table, grid.cells_of(index), ERROR_POWER)
                 self.predicted[tiles] = predicted.view(-1, grid.tile_side**2).sum(dim=1)
