@@ -77,9 +77,11 @@ def test_chains_are_followed_with_the_density_that_is_claimed(noise, settings):
     pixels, tiles = case.pixels()[:, 1:], case.pixels()[:, 1:] // 8
     importance = importance_of(case, 1, 8).nan_to_num() * torch.where(((pixels - 40).abs() < 8).all(dim=1), 10.0, 1.0)
     counts, claimed = torch.zeros(2, 12, 8).double().unbind()
-    for sampler, mining in run(case, 500, 150, importance, cell_size=1, noise=noise):
+    for number, (sampler, mining) in enumerate(run(case, 450, 150, importance, cell_size=1, noise=noise)):
         row, column = (mining.indices[: mining.num_chains, 1:] // 8).unbind(1)
         counts.index_put_((row, column), torch.ones(len(row)).double(), accumulate=True)
+        if number % 20:
+            continue
         state, mixture = sampler.run.state, sampler.run.sampler
         every = mixture.images.as_samples(case.pixels()[:, 0], pixels + 0.5)
         density = mixture._chain_density(state, state.map.density, every)
