@@ -211,7 +211,7 @@ class Grid:
         is_round = self.images.is_equirectangular
         for place, size, stride, wraps in (
             (local // width, height, width, False),
-            (local % width, width, torch.ones_like(width), is_round),
+            (local % width, width, 1, is_round),
         ):
             result = kernel[0] * values
             for distance, weight in enumerate(kernel[1:], 1):
