@@ -23,6 +23,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nerfstudio_softmining.bench.training import metrics_within_mask
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 from nerfstudio_softmining.samplers.registry import samplers
@@ -194,6 +195,34 @@ def test_odd_captures_are_trained_on(tmp_path, name, kind):
     write, settings = CAPTURES[name]
     write(tmp_path)
     check_training(build(tmp_path, kind, **settings))
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_held_out_views_are_measured_within_their_masks(tmp_path, alpha):
+    write_capture(tmp_path, 3, masks=True)
+    for file in (tmp_path / "images").iterdir() if alpha else ():
+        image = Image.open(file).convert("RGBA")
+        image.putalpha(128)
+        image.save(file)
+    pipeline = build(tmp_path).eval()
+    camera, batch = pipeline.datamanager.fixed_indices_eval_dataloader.get_camera(1)
+    outputs = pipeline.model.get_outputs_for_camera(camera)
+    metrics, images = metrics_within_mask(pipeline.model, outputs, batch)
+
+    truth = pipeline.model.renderer_rgb.blend_background(batch["image"])
+    valid = batch["mask"].squeeze(-1)
+    assert 0 < valid.float().mean() < 1
+    squared = (outputs["rgb"] - truth)[valid].square().mean()
+    assert metrics["psnr"] == pytest.approx(-10 * float(squared.log10()), abs=1e-3)
+    assert images["img"][:, : camera.width][valid].allclose(truth[valid])
+    assert not images["img"].unflatten(1, (2, -1)).movedim(1, 0)[:, ~valid].any()
+
+    elsewhere = {**outputs, "rgb": torch.where(batch["mask"], outputs["rgb"], torch.rand_like(outputs["rgb"]))}
+    assert metrics_within_mask(pipeline.model, elsewhere, batch)[0] == metrics
+    perfect = {**outputs, "rgb": torch.where(batch["mask"], truth, 1 - truth)}
+    assert metrics_within_mask(pipeline.model, perfect, batch)[0]["ssim"] == pytest.approx(1)
+    nowhere = {**batch, "mask": torch.zeros_like(batch["mask"])}
+    assert math.isnan(metrics_within_mask(pipeline.model, outputs, nowhere)[0]["psnr"])
 
 
 @pytest.mark.parametrize("kind", ["mixture", "uniform"])

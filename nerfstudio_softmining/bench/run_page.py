@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nerfstudio_softmining import files
 from nerfstudio_softmining.bench.report import LARGEST_ERROR
+from nerfstudio_softmining.bench.training import metrics_within_mask
 from nerfstudio_softmining.errors import UserError
 from nerfstudio_softmining.plugin import compat
 
@@ -149,7 +150,7 @@ def _render(pipeline: Any, max_views: int, name: str) -> Iterator[View]:
     for number in track(numbers, f"Rendering {name}", transient=True):
         camera, batch = manager.fixed_indices_eval_dataloader.get_camera(number)
         outputs = pipeline.model.get_outputs_for_camera(camera)
-        metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
+        metrics, images = metrics_within_mask(pipeline.model, outputs, batch)
         # the truth is the first and the finest render the last of the pictures side by side
         pictures = images["img"].clamp(0, 1).cpu().numpy()
         truth, *_, render = np.split(pictures, pictures.shape[1] // int(camera.width), axis=1)
@@ -181,8 +182,8 @@ def page(runs: Sequence[Run]) -> str:
 
 def _summary(runs: Sequence[Run]) -> str:
     rows = [
-        f"<tr><td>{html.escape(run.name)}</td><td class=number>{np.mean([view.psnr for view in run.views]):.2f}</td>"
-        f"<td class=number>{np.mean([view.ssim for view in run.views]):.3f}</td>"
+        f"<tr><td>{html.escape(run.name)}</td><td class=number>{np.nanmean([view.psnr for view in run.views]):.2f}</td>"
+        f"<td class=number>{np.nanmean([view.ssim for view in run.views]):.3f}</td>"
         f"<td class=number>{len(run.views)}</td></tr>"
         for run in runs
     ]

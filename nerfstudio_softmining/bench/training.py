@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.scripts.train import _set_random_seed
+from torch import Tensor
 
 from nerfstudio_softmining.bench.meter import Meter
 from nerfstudio_softmining.bench.results import write_bytes
@@ -118,7 +118,7 @@ def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = No
     for view in views or range(count):
         camera, batch = manager.fixed_indices_eval_dataloader.get_camera(view)
         outputs = pipeline.model.get_outputs_for_camera(camera)
-        metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
+        metrics, images = metrics_within_mask(pipeline.model, outputs, batch)
         rows.append(metrics)
         if picture is not None and not picture.exists():
             # models of a coarse and a fine stage have the render of each beside the truth
@@ -126,5 +126,34 @@ def evaluate(trainer: Trainer, views: tuple[int, ...], picture: Path | None = No
             write_bytes(255 * torch.cat((image[:, :width], image[:, -width:]), dim=1).numpy(), picture)
     pipeline.train()
     # models of a coarse and a fine stage have metrics of each
-    means = {key: float(np.mean([row.get(key, row.get(f"fine_{key}", math.nan)) for row in rows])) for key in METRICS}
+    values = {key: [row.get(key, row.get(f"fine_{key}", math.nan)) for row in rows] for key in METRICS}
+    means = {key: float(torch.tensor(values[key], dtype=torch.float64).nanmean()) for key in METRICS}
     return {key: None if math.isnan(value) else round(value, 4) for key, value in means.items()}
+
+
+def metrics_within_mask(model: Any, outputs: dict, batch: dict) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return a model's own metrics and images of a held-out view, of the pixels within its mask alone.
+
+    A model is not trained outside of masks, so what it renders there is arbitrary. Its own metrics count these pixels.
+    Here they are black in truth and render. PSNR and SSIM are scaled to the valid part of the image, and are NaN where
+    there is none. LPIPS is that of the blackened images.
+
+    Args:
+        model: the model.
+        outputs: its outputs for the view.
+        batch: the view's image (H, W, 3 or 4), and its mask (H, W, 1) if it has one.
+    """
+    if "mask" not in batch:
+        return model.get_image_metrics_and_images(outputs, batch)
+    mask = batch["mask"].to(batch["image"].device)
+    fraction = float(mask.float().mean()) or math.nan
+    image = batch["image"] * mask
+    image[..., 3:] += ~mask  # opaque, so that no background shows
+    renders = {name: render * mask.to(render.device) for name, render in outputs.items() if name.startswith("rgb")}
+    metrics, images = model.get_image_metrics_and_images({**outputs, **renders}, {**batch, "image": image})
+    for name in metrics:
+        if name.endswith("psnr"):
+            metrics[name] += 10 * math.log10(fraction)
+        elif name.endswith("ssim"):
+            metrics[name] = 1 - (1 - metrics[name]) / fraction
+    return metrics, images
