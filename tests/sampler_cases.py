@@ -16,7 +16,7 @@ from nerfstudio_softmining.mining.priors import laplacian, sobel
 from nerfstudio_softmining.plugin.pixel_sampler import BATCH_KEY, SPECS, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.samplers.base import DensitySampler, MiningBatch
 from nerfstudio_softmining.samplers.cells import PixelDensity
-from nerfstudio_softmining.samplers.images import PixelSamples
+from nerfstudio_softmining.samplers.images import PixelSamples, fill_invalid
 
 NUM_IMAGES = 9
 CACHED = (7, 2, 5, 0, 4)
@@ -129,12 +129,11 @@ class Case:
         return self.evened(torch.cat([laplacian(image).flatten().double() for image in self.shown()]) + 0.003, side)
 
     def shown(self) -> list[Tensor]:
-        """The images, colours multiplied by alpha."""
+        """The images as samplers look at them: colours multiplied by alpha, and nothing hidden by a mask."""
         images = make_images(self.sizes, self.channels, self.ids)
-        return [
-            torch.cat((image[..., :3] * image[..., 3:], image[..., 3:]), dim=-1) if self.channels == 4 else image
-            for image in images
-        ]
+        if self.channels == 4:
+            images = [torch.cat((image[..., :3] * image[..., 3:], image[..., 3:]), dim=-1) for image in images]
+        return [fill_invalid(*pair) for pair in zip(images, self.per_slot(self.mass() > 0), strict=True)]
 
     def place(self, indices: Tensor) -> Tensor:
         """Place in that row of (image, row, column); fails for what is not in the cache."""

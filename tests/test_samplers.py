@@ -33,6 +33,7 @@ from sampler_cases import (
     density_of,
     feed,
     follows,
+    grid,
     make_config,
     make_sampler,
     other_cache,
@@ -51,6 +52,7 @@ from nerfstudio_softmining.mining import density as dens
 from nerfstudio_softmining.mining.priors import laplacian
 from nerfstudio_softmining.plugin.pixel_sampler import SPECS, MiningPixelSampler, MiningPixelSamplerConfig
 from nerfstudio_softmining.samplers import error_map
+from nerfstudio_softmining.samplers.images import fill_invalid
 from nerfstudio_softmining.settings import Interval
 
 BYTE = math.log(2) * dens.OCTAVES / 254
@@ -255,6 +257,34 @@ def edge_law(case: Case, shift: int) -> Tensor:
 def test_edge_rays_follow_shifted_canny_edges(case, side, shift):
     sampler = trained("edge", case, steps=1, cell_size=side, shift=shift)
     assert_close(claimed(sampler, case), case.evened(edge_law(case, shift), side), 0.1)
+
+
+@EACH_KIND
+@pytest.mark.parametrize("name", ["masked list", "masked fisheye"])
+def test_colours_that_are_hidden_do_not_matter(kind, name):
+    """Black behind a mask, or around the circle of a fisheye lens, is no edge."""
+    case = CASES[name]
+    shown, repainted = case.batch(), case.batch()
+    for image, valid in zip(repainted["image"], case.per_slot(case.mass() > 0), strict=True):
+        image[~valid] = torch.rand(3, generator=seeded(1)).round()
+    drawn = []
+    for batch in (shown, repainted):
+        sampler = prepared(kind, case)
+        drawn.append([step(sampler, batch)["indices"] for _ in range(7)])
+    assert all(torch.equal(*pair) for pair in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fraction", [0.02, 0.5, 1.0])
+def test_hidden_pixels_have_the_colour_of_the_nearest_valid_one(seed, fraction):
+    valid = torch.rand(12, 19, generator=seeded(seed)) < fraction
+    valid[3, 4] = True
+    places = torch.tensor(grid(12, 19))
+    filled = fill_invalid(places.view(12, 19, 2), valid).view(-1, 2)
+    assert torch.equal(filled[valid.flatten()], places[valid.flatten()])
+    assert valid[filled[:, 0], filled[:, 1]].all()
+    distance = torch.cdist(places.double(), places[valid.flatten()].double()).min(dim=1).values
+    assert ((filled - places).double().norm(dim=1) <= 1.05 * distance).all()
 
 
 @EACH_MINED
