@@ -101,8 +101,8 @@ def suits(value: Any, hint: Any) -> bool:
     return type(value) in VALUE_TYPES.get(hint, ())
 
 
-def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) -> None:
-    """Set name=value in every settings dataclass with a field of that name.
+def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) -> bool:
+    """Set name=value in every settings dataclass with a field of that name. Return whether there is one.
 
     Args:
         setting: the text name=value.
@@ -128,6 +128,7 @@ def apply(setting: str, configs: Sequence[Any], required: bool, sampler: str) ->
             setattr(owner, key, float(value) if hint is float else value)
         except OverflowError as error:
             raise UserError(f"{sampler!r} has {setting!r}: {error}.") from error
+    return bool(owners)
 
 
 def _without_none(hint: Any) -> Any:

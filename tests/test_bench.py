@@ -188,9 +188,11 @@ def test_results_of_other_settings_are_not_mixed(data, tmp_path, monkeypatch):
 def test_every_preset_can_be_run(path, tmp_path):
     comparison = preset.read(path)
     for scene in comparison.scenes:
+        used = set()
         for sampler in comparison.samplers:
-            config = preset.trainer_config(scene, sampler, 7, tmp_path, tmp_path)
+            config = preset.trainer_config(scene, sampler, 7, tmp_path, tmp_path, used)
             assert config.machine.seed == 7 and config.data == tmp_path / scene.path
+        assert used >= set(scene.set)
     assert comparison.paper is None or (comparison.folder / comparison.paper).is_file()
 
 
@@ -216,6 +218,16 @@ def test_settings_reach_their_place(tmp_path):
     fields = config.optimizers["fields"]
     assert config.pipeline.model.sdf_field.inside_outside is False
     assert (fields["optimizer"].lr, fields["scheduler"].warm_up_end) == (1e-3, 7)
+
+
+def test_a_setting_that_no_run_has_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "train", fake_training)
+    path = write_preset(tmp_path)
+    with pytest.raises(UserError, match="has 'alhpa=0.1': no run of scene has such a setting"):
+        bench.run_bench(path, data, tmp_path / "out", {"set": ("alhpa=0.1",)})
+    assert not (tmp_path / "out").exists()
+    # a setting of one sampler is that of a run
+    bench.run_bench(path, data, tmp_path / "out", {"set": ("noise=0.05",)})
 
 
 def test_settings_of_the_command_line_come_after_the_presets():

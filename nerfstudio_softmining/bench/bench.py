@@ -94,9 +94,12 @@ def _check(preset: Preset, data: Path, output: Path) -> None:
             f"rounds is {preset.rounds} and steps is {preset.steps} in {preset.title!r}: the first round is left out. "
             "Set rounds to 2 or more, and steps to 1 or more."
         )
-    for seed, scene, sampler in product(preset.seeds, preset.scenes, preset.samplers):
-        trainer_config(scene, sampler, seed, data, output / "runs")
     for scene in preset.scenes:
+        used: set[str] = set()
+        for seed, sampler in product(preset.seeds, preset.samplers):
+            trainer_config(scene, sampler, seed, data, output / "runs", used)
+        if unused := [setting for setting in scene.set if setting not in used]:
+            raise UserError(f"--set has {unused[0]!r}: no run of {scene.title} has such a setting. Check its name.")
         if not (data / scene.path).is_dir():
             raise UserError(f"--data is {data}, which has no folder {scene.path}. Name the folder that it is in.")
 

@@ -115,7 +115,9 @@ def _tuples(values: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Path) -> TrainerConfig:
+def trainer_config(
+    scene: Scene, sampler: str, seed: int, data: Path, output: Path, used: set[str] | None = None
+) -> TrainerConfig:
     """Return the settings of one run.
 
     Args:
@@ -124,6 +126,7 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
         seed: seed of the run.
         data: folder that the scene's folder is in.
         output: folder for checkpoints and logs.
+        used: collects the settings that this run has, if given.
 
     Raises:
         UserError: if there is no such sampler, method or setting.
@@ -163,7 +166,8 @@ def trainer_config(scene: Scene, sampler: str, seed: int, data: Path, output: Pa
     config.machine.seed, config.machine.device_type = seed, compat.device_type()
     config.vis = "viewer+tensorboard" if has_viewer else "tensorboard"
     for setting in (*scene.set, *sampler_settings):
-        apply(setting, configs, required=setting in sampler_settings, sampler=sampler)
+        if apply(setting, configs, required=setting in sampler_settings, sampler=sampler) and used is not None:
+            used.add(setting)
     for part in configs:
         if hasattr(part, "__post_init__"):
             part.__post_init__()  # checks the values
