@@ -99,7 +99,9 @@ def _check(preset: Preset, data: Path, output: Path) -> None:
         for seed, sampler in product(preset.seeds, preset.samplers):
             trainer_config(scene, sampler, seed, data, output / "runs", used)
         if unused := [setting for setting in scene.set if setting not in used]:
-            raise UserError(f"--set has {unused[0]!r}: no run of {scene.title} has such a setting. Check its name.")
+            raise UserError(
+                f"{unused[0]!r}, of --set or of the preset, is a setting of no run of {scene.title}. Check its name."
+            )
         if not (data / scene.path).is_dir():
             raise UserError(f"--data is {data}, which has no folder {scene.path}. Name the folder that it is in.")
 

@@ -347,7 +347,7 @@ def fill_invalid(image: Shaped[Tensor, "h w c"], valid: Bool[Tensor, "h w"]) -> 
     Nearest by OpenCV's 5 x 5 distance, which is within some per cent of the Euclidean.
     """
     valid = valid.cpu()
-    if not valid.any():
+    if valid.all() or not valid.any():
         return image
     hidden = (~valid).byte().numpy()
     _, labels = cv2.distanceTransformWithLabels(hidden, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL)
