@@ -109,6 +109,22 @@ def test_evaluating_all_pixels_gives_their_importance_and_leaves_the_training_as
     assert torch.corrcoef(torch.stack((importance, expected.detach())))[0, 1] > 0.9
 
 
+def test_renders_between_steps_leave_the_training_as_it_is(scene):
+    """Those of a viewer or an evaluation; proposal networks learn in every fifth step here."""
+    results = []
+    for renders in (False, True):
+        training = Training(scene, kind="mixture", proposal_warmup=1)
+        model, cameras = training.pipeline.model, training.pipeline.datamanager.eval_dataset.cameras
+        for step in range(20):
+            torch.manual_seed(step)
+            training.step()
+            if renders:
+                training.pipeline.eval()
+                model.get_outputs_for_camera(cameras[:1])
+        results.append(list(model.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_uniform_sampling_is_nerfactos_own(scene):
     """Rays and colours are bit for bit those of nerfstudio's datamanager; the loss is nerfacto's."""
     training = Training(scene, kind="uniform")

@@ -148,7 +148,10 @@ class SoftMiningMixin(Model):
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] # as in nerfstudio
         """Render rays. Outside of training `importance` and `sample_density` say how training saw these places."""
+        schedule = self._proposal_schedule()
         outputs: dict[str, Any] = super().get_outputs(ray_bundle)
+        if not self.training:  # nerfstudio counts a render as a step in which the proposal networks learnt
+            self._set_proposal_schedule(schedule)
         if not outputs.keys() & {"depth", "depth_fine"}:
             return outputs
         if self.training:
@@ -228,11 +231,8 @@ class SoftMiningMixin(Model):
 
     def get_extra_state(self) -> dict:
         """Return what nerfstudio's checkpoints lack: the implementation, and the schedule of the proposal networks."""
-        sampler = self._outer_sampler()
-        state: dict[str, Any] = {"implementation": self._implementation, "error_grid": self._error_grid.sums.clone()}
-        if isinstance(sampler, ProposalNetworkSampler):
-            state |= {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
-        return state
+        state = {"implementation": self._implementation, "error_grid": self._error_grid.sums.clone()}
+        return state | self._proposal_schedule()
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load the parameters of a checkpoint. Those of single images start anew where the data set has others.
@@ -262,6 +262,16 @@ class SoftMiningMixin(Model):
                 f"runs here. {FIX_OF_IMPLEMENTATION[saved]}"
             )
         self._error_grid = ErrorGrid(state.get("error_grid"))
+        self._set_proposal_schedule(state)
+
+    def _proposal_schedule(self) -> dict[str, int]:
+        """Return the step, and how long ago the proposal networks learnt; nothing where there are none."""
+        sampler = self._outer_sampler()
+        if not isinstance(sampler, ProposalNetworkSampler):
+            return {}
+        return {"step": sampler._step, "steps_since_update": sampler._steps_since_update}
+
+    def _set_proposal_schedule(self, state: dict[str, Any]) -> None:
         sampler = self._outer_sampler()
         if isinstance(sampler, ProposalNetworkSampler) and "step" in state:
             sampler._step, sampler._steps_since_update = state["step"], state["steps_since_update"]
