@@ -148,9 +148,9 @@ class SoftMiningMixin(Model):
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride] # as in nerfstudio
         """Render rays. Outside of training `importance` and `sample_density` say how training saw these places."""
-        schedule = self._proposal_schedule()
+        schedule = {} if self.training else self._proposal_schedule()
         outputs: dict[str, Any] = super().get_outputs(ray_bundle)
-        if not self.training:  # nerfstudio counts a render as a step in which the proposal networks learnt
+        if schedule:  # nerfstudio counts a render as a step in which the proposal networks learnt
             self._set_proposal_schedule(schedule)
         if not outputs.keys() & {"depth", "depth_fine"}:
             return outputs
